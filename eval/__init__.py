@@ -1,0 +1,1 @@
+"""Probes, generation and reports on any run."""

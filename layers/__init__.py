@@ -1,0 +1,1 @@
+"""Sequence mixers and building blocks: thin modules, projections plus one op."""

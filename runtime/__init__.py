@@ -1,0 +1,1 @@
+"""Mesh, train state, optimizer, checkpoints, input feeding, writers, clock. Knows no model."""

@@ -1,0 +1,1 @@
+"""What is learned: data source, loss, metrics."""
