@@ -1,0 +1,50 @@
+"""Token embedding, optionally with learned positions; ``attend`` is the tied output head."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from layers.param import Initializer, normal, param
+
+
+class Embedding(nnx.Module):
+    """``table[tokens] (+ position_table[positions])``.
+
+    The table is sharded along its features only: a gather from rows spread over devices would make the
+    partitioner copy the whole table.
+
+    Args:
+        vocab_size, d_model: V and D.
+        max_positions: number of learned positions, or None for none.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        d_model: int,
+        *,
+        rngs: nnx.Rngs,
+        max_positions: int | None = None,
+        init: Initializer | None = None,
+    ):
+        init = init or normal(0.02)
+        self.table = param(init(rngs.params(), (vocab_size, d_model)), ("vocab", "embed"), "embedding")
+        self.positions = None
+        if max_positions is not None:
+            self.positions = param(
+                init(rngs.params(), (max_positions, d_model)), ("positions", "embed"), "embedding/position"
+            )
+
+    def __call__(
+        self, tokens: Int[Array, "B L"], positions: Int[Array, "B L"], dtype: jnp.dtype
+    ) -> Float[Array, "B L D"]:
+        x = self.table[...].astype(dtype)[tokens]
+        if self.positions is not None:
+            x = x + self.positions[...].astype(dtype)[positions]
+        return x
+
+    def attend(self, x: Float[Array, "*b D"]) -> Float[Array, "*b V"]:
+        """Logits of the tied head, in the dtype of ``x``."""
+        return x @ self.table[...].astype(x.dtype).T

@@ -1,0 +1,208 @@
+"""The Mamba-2 mixer: projections, a causal convolution, the SSD op, a gated norm (arXiv:2405.21060)."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from layers.norm import RMSNorm
+from layers.param import Initializer, Linear, param, uniform_fan_in
+from layers.types import Context, State
+from pallas_kernels.causal_conv1d import causal_conv1d
+from pallas_kernels.ssd import ssd
+
+
+@dataclasses.dataclass
+class Mamba2Config:
+    """Shapes and initial dynamics of a Mamba-2 layer; defaults are those of the published language models.
+
+    Attributes:
+        d_inner: width of x and z; None means ``expand * d_model``.
+        dt_min, dt_max, dt_floor: range of softplus(dt_bias) at initialisation.
+        dt_limit: clamp on dt.
+        prefill_dt_min: extra lower clamp on dt for pieces longer than one token, None for none. Only for
+            parity with the published Nemotron-H code, whose prefill and decode differ in this.
+        compute: implementation of the ops, None for automatic.
+    """
+
+    d_state: int = 128
+    headdim: int = 64
+    expand: int = 2
+    d_inner: int | None = None
+    n_groups: int = 1
+    d_conv: int = 4
+    conv_bias: bool = True
+    proj_bias: bool = False
+    chunk_size: int | None = None
+    rmsnorm: bool = True
+    norm_before_gate: bool = False
+    norm_eps: float = 1e-5
+    A_min: float = 1.0
+    A_max: float = 16.0
+    dt_min: float = 1e-3
+    dt_max: float = 0.1
+    dt_floor: float = 1e-4
+    dt_limit: tuple[float, float] = (0.0, math.inf)
+    prefill_dt_min: float | None = None
+    implementation: str | None = None
+
+    def inner(self, d_model: int) -> int:
+        return self.expand * d_model if self.d_inner is None else self.d_inner
+
+
+class Mamba2(nnx.Module):
+    """A sequence mixer (``layers.types.SequenceMixer``) with state ``{"conv": {x, B, C}, "ssm"}``.
+
+    ``conv`` holds the last ``d_conv - 1`` inputs of the convolution, ``ssm`` the float32 state [B, H, P, N].
+
+    Raises:
+        ValueError: the inner width is not a multiple of ``headdim``, or the heads of ``n_groups``.
+    """
+
+    causal = True
+
+    def __init__(
+        self,
+        d_model: int,
+        config: Mamba2Config,
+        *,
+        rngs: nnx.Rngs,
+        init: Initializer = uniform_fan_in,
+        out_init: Initializer | None = None,
+    ):
+        d_inner = config.inner(d_model)
+        if d_inner % config.headdim:
+            raise ValueError(
+                f"mamba2.headdim={config.headdim} does not divide the inner width {d_inner}; "
+                f"use a divisor of {d_inner}"
+            )
+        heads = d_inner // config.headdim
+        if heads % config.n_groups:
+            raise ValueError(f"mamba2.n_groups={config.n_groups} does not divide the {heads} heads")
+        self.config, self.d_model, self.heads = config, d_model, heads
+        bias, bc = config.proj_bias, config.n_groups * config.d_state
+
+        def project(features: int, axis: str) -> Linear:
+            return Linear(d_model, features, ("embed", axis), rngs=rngs, use_bias=bias, init=init)
+
+        self.in_z, self.in_x = project(d_inner, "inner"), project(d_inner, "inner")
+        self.in_B, self.in_C = project(bc, "groups"), project(bc, "groups")
+        self.in_dt = project(heads, "heads")
+        self.conv = nnx.Dict(
+            x=DepthwiseConv(d_inner, "inner", config, rngs=rngs),
+            B=DepthwiseConv(bc, "groups", config, rngs=rngs),
+            C=DepthwiseConv(bc, "groups", config, rngs=rngs),
+        )
+        self.A_log = param(_init_A_log(rngs.params(), heads, config), ("heads",), "dynamics/A")
+        self.dt_bias = param(_init_dt_bias(rngs.params(), heads, config), ("heads",), "dynamics/dt")
+        self.D = param(jnp.ones(heads), ("heads",), "dynamics/D")
+        self.norm = None
+        if config.rmsnorm:
+            self.norm = RMSNorm(
+                d_inner,
+                eps=config.norm_eps,
+                groups=config.n_groups,
+                norm_before_gate=config.norm_before_gate,
+                axis="inner",
+            )
+        self.out = Linear(
+            d_inner, d_model, ("inner", "embed"), rngs=rngs, use_bias=bias, init=out_init or init
+        )
+
+    def init_state(self, batch: int, max_len: int) -> State:
+        c, taps = self.config, self.config.d_conv - 1
+        widths = {"x": c.inner(self.d_model), "B": c.n_groups * c.d_state, "C": c.n_groups * c.d_state}
+        return {
+            "conv": {name: jnp.zeros((batch, taps, width)) for name, width in widths.items()},
+            "ssm": jnp.zeros((batch, self.heads, c.headdim, c.d_state)),
+        }
+
+    def __call__(
+        self, x: Float[Array, "B L D"], state: State | None, ctx: Context
+    ) -> tuple[Float[Array, "B L D"], State | None]:
+        c, (batch, length, _) = self.config, x.shape
+        before = ctx.carried(state) or {"conv": {"x": None, "B": None, "C": None}, "ssm": None}
+        z, raw_dt = self.in_z(x), self.in_dt(x)
+        mixed, tails = {}, {}
+        for name, projected in (("x", self.in_x(x)), ("B", self.in_B(x)), ("C", self.in_C(x))):
+            mixed[name], tails[name] = self.conv[name](projected, before["conv"][name], ctx)
+        y, final = ssd(
+            mixed["x"].reshape(batch, length, self.heads, c.headdim),
+            self._dt(raw_dt),
+            -jnp.exp(self.A_log[...]),
+            mixed["B"].reshape(batch, length, c.n_groups, c.d_state),
+            mixed["C"].reshape(batch, length, c.n_groups, c.d_state),
+            self.D[...],
+            initial_state=before["ssm"],
+            segment_ids=ctx.segment_ids,
+            chunk_size=c.chunk_size,
+            implementation=c.implementation,
+        )
+        y = y.reshape(batch, length, -1)
+        y = y * jax.nn.silu(z) if self.norm is None else self.norm(y, z)
+        if state is None:
+            return self.out(y), None
+        after = {"conv": tails, "ssm": final}
+        return self.out(y), jax.tree.map(lambda new, old: new.astype(old.dtype), after, state)
+
+    def _dt(self, raw: Float[Array, "B L H"]) -> Float[Array, "B L H"]:
+        """Step sizes, float32: softplus(raw + dt_bias), clamped."""
+        dt = jax.nn.softplus(raw.astype(self.dt_bias[...].dtype) + self.dt_bias[...])
+        low, high = self.config.dt_limit
+        if self.config.prefill_dt_min is not None and raw.shape[1] > 1:
+            low = max(low, self.config.prefill_dt_min)
+        return dt if (low, high) == (0.0, math.inf) else jnp.clip(dt, low, high)
+
+    def flops_per_token(self, length: int) -> float:
+        c = self.config
+        d_inner, bc = c.inner(self.d_model), c.n_groups * c.d_state
+        chunk = min(c.chunk_size or 128, length)
+        projections = 2 * self.d_model * (3 * d_inner + 2 * bc + self.heads)
+        conv = 2 * c.d_conv * (d_inner + 2 * bc)
+        mixing = 2 * chunk * bc + 2 * chunk * d_inner + 4 * c.d_state * d_inner
+        return float(projections + conv + mixing)
+
+
+class DepthwiseConv(nnx.Module):
+    """Causal depthwise convolution and SiLU; tap ``K - 1`` multiplies the current token."""
+
+    def __init__(self, channels: int, axis: str, config: Mamba2Config, *, rngs: nnx.Rngs):
+        self.implementation = config.implementation
+        bound, shape = config.d_conv**-0.5, (config.d_conv, channels)
+        weight = jax.random.uniform(rngs.params(), shape, jnp.float32, -bound, bound)
+        self.weight = param(weight, (None, axis), "conv")
+        self.bias = None
+        if config.conv_bias:
+            bias = jax.random.uniform(rngs.params(), (channels,), jnp.float32, -bound, bound)
+            self.bias = param(bias, (axis,), "vector")
+
+    def __call__(
+        self, x: Float[Array, "B L C"], tail: Float[Array, "B W C"] | None, ctx: Context
+    ) -> tuple[Float[Array, "B L C"], Float[Array, "B W C"]]:
+        return causal_conv1d(
+            x,
+            self.weight[...],
+            None if self.bias is None else self.bias[...],
+            initial_state=tail,
+            segment_ids=ctx.segment_ids,
+            activation="silu",
+            implementation=self.implementation,
+        )
+
+
+def _init_A_log(key: jax.Array, heads: int, config: Mamba2Config) -> Float[Array, " H"]:
+    """log U(A_min, A_max), so that A = -exp(A_log) lies in [-A_max, -A_min]."""
+    return jnp.log(jax.random.uniform(key, (heads,), jnp.float32, config.A_min, config.A_max))
+
+
+def _init_dt_bias(key: jax.Array, heads: int, config: Mamba2Config) -> Float[Array, " H"]:
+    """Inverse softplus of dt, log-uniform in [dt_min, dt_max] and at least dt_floor."""
+    low, high = math.log(config.dt_min), math.log(config.dt_max)
+    dt = jnp.exp(jax.random.uniform(key, (heads,), jnp.float32, low, high))
+    dt = jnp.maximum(dt, config.dt_floor)
+    return dt + jnp.log(-jnp.expm1(-dt))

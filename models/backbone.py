@@ -1,0 +1,127 @@
+"""A stack of pre-norm residual sub-layers given by a pattern; repeated runs are stacked and scanned."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from layers.norm import NORMS
+from layers.param import Initializer, normal, uniform_fan_in
+from layers.types import Context, State
+from models import pattern as patterns
+from models.config import LMConfig
+from models.registry import KINDS
+from pallas_kernels import spmd
+
+# What the backward pass recomputes, one sub-layer at a time. "none" keeps every intermediate, "dots" keeps
+# the results of matmuls with weights, "full" keeps the residual stream only.
+REMAT_POLICIES = {
+    "none": jax.checkpoint_policies.everything_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+class SubLayer(nnx.Module):
+    """``x + mixer(norm(x))``."""
+
+    def __init__(self, symbol: str, config: LMConfig, *, rngs: nnx.Rngs):
+        kind = KINDS[symbol]
+        self.dtype = config.dtype
+        self.norm = NORMS[config.norm](config.d_model, eps=config.norm_eps)
+        init, out_init = initializers(config)
+        self.mixer = kind.module(
+            config.d_model, getattr(config, kind.field), rngs=rngs, init=init, out_init=out_init
+        )
+
+    def __call__(
+        self, x: Float[Array, "B L D"], state: State | None, ctx: Context
+    ) -> tuple[Float[Array, "B L D"], State | None]:
+        y, state = self.mixer(self.norm(x, dtype=jnp.dtype(self.dtype)), state, ctx)
+        return spmd.shard_activations(x + y.astype(x.dtype)), state
+
+
+def initializers(config: LMConfig) -> tuple[Initializer, Initializer]:
+    """Initialisers of inner and of residual-writing projections; the latter are scaled by 1/sqrt(depth).
+
+    ``init_std`` None takes torch's Linear default as the Mamba code does (state-spaces/mamba, mixer_seq_simple).
+    """
+    init = uniform_fan_in if config.init_std is None else normal(config.init_std)
+    scale = len(config.layers) ** -0.5 if config.rescale_residual else 1.0
+    return init, lambda key, shape, dtype=jnp.float32: scale * init(key, shape, dtype)
+
+
+class Run(nnx.Module):
+    """``repeats`` copies of a unit of sub-layers; parameters stacked on a leading "layers" axis if several."""
+
+    def __init__(self, unit: str, repeats: int, config: LMConfig, *, rngs: nnx.Rngs):
+        self.repeats, self.remat = repeats, config.remat
+
+        def build(rngs: nnx.Rngs) -> nnx.List:
+            return nnx.List([SubLayer(symbol, config, rngs=rngs) for symbol in unit])
+
+        if repeats == 1:
+            self.layers = build(rngs)
+        else:
+            stacked = nnx.vmap(build, transform_metadata={nnx.PARTITION_NAME: "layers"})
+            self.layers = nnx.split_rngs(splits=repeats)(stacked)(rngs)
+
+    def init_state(self, batch: int, max_len: int) -> list[State]:
+        states = [layer.mixer.init_state(batch, max_len) for layer in self.layers]
+        if self.repeats == 1:
+            return states
+        return jax.tree.map(lambda s: jnp.broadcast_to(s, (self.repeats, *s.shape)), states)
+
+    def __call__(
+        self, x: Float[Array, "B L D"], states: Sequence[State] | None, ctx: Context
+    ) -> tuple[Float[Array, "B L D"], list[State] | None]:
+        def unit(x: jax.Array, layers: Any, states: Any) -> tuple[jax.Array, list[State]]:
+            after = []
+            for layer, state in zip(layers, states or [None] * len(layers)):
+                call = lambda layer, x, state, ctx: layer(x, state, ctx)  # noqa: E731
+                if self.remat != "none" and states is None:
+                    call = jax.checkpoint(call, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
+                x, state = call(layer, x, state, ctx)
+                after.append(state)
+            return x, after
+
+        if self.repeats == 1:
+            x, after = unit(x, self.layers, states)
+        else:
+            x, after = jax.lax.scan(lambda x, xs: unit(x, *xs), x, (self.layers, states))
+        return x, None if states is None else after
+
+
+class Backbone(nnx.Module):
+    """The runs of ``config.layers`` one after another; state is a list with one entry per run."""
+
+    def __init__(self, config: LMConfig, *, rngs: nnx.Rngs):
+        self.runs = nnx.List([Run(unit, n, config, rngs=rngs) for unit, n in patterns.runs(config.layers)])
+
+    def init_state(self, batch: int, max_len: int) -> list[list[State]]:
+        return [run.init_state(batch, max_len) for run in self.runs]
+
+    def state_batch_axes(self) -> list[int]:
+        """Axis of the batch in the state of each run: 1 where a leading axis counts repeats."""
+        return [0 if run.repeats == 1 else 1 for run in self.runs]
+
+    def __call__(
+        self, x: Float[Array, "B L D"], state: Sequence[Any] | None, ctx: Context
+    ) -> tuple[Float[Array, "B L D"], list[Any] | None]:
+        after = []
+        for i, run in enumerate(self.runs):
+            x, run_state = run(x, None if state is None else state[i], ctx)
+            after.append(run_state)
+        return x, None if state is None else after
+
+    def flops_per_token(self, length: int) -> float:
+        """Forward operations per token of all mixers and MLPs at context ``length``."""
+        return math.fsum(
+            run.repeats * layer.mixer.flops_per_token(length) for run in self.runs for layer in run.layers
+        )

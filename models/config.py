@@ -1,0 +1,81 @@
+"""The shape of a decoder language model, as a config."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from layers.attention import AttentionConfig
+from layers.mamba2 import Mamba2Config
+from layers.mlp import MLPConfig
+from layers.norm import NORMS
+from models import pattern as patterns
+from models.registry import KINDS
+
+REMAT = ("none", "dots", "full")
+
+
+@dataclasses.dataclass
+class LMConfig:
+    """Shape of a decoder language model.
+
+    Attributes:
+        vocab_size: number of ids, special ids included.
+        vocab_multiple: the tables have this multiple of rows, so that a head divides over devices.
+        pattern: sub-layers, e.g. "M-M-*-"; "(M-)24" repeats. See ``models/pattern.py``.
+        norm: "rms" or "layer".
+        tie_embeddings: the head is the transposed embedding table.
+        max_positions: number of learned position embeddings, None for none.
+        dtype: of matmul operands and activations between ops; parameters and dynamics stay float32.
+        residual_dtype: of the residual stream.
+        init_std: standard deviation of projection weights, None for U(+-1/sqrt(fan_in)).
+        rescale_residual: divide residual-writing projections by sqrt(number of sub-layers) at init.
+        remat: what the backward pass recomputes: "none", "dots" or "full".
+        loss_chunks: pieces of the sequence the cross entropy is computed in, 0 for automatic.
+        z_loss: weight of the squared log-normaliser added to the loss.
+    """
+
+    vocab_size: int = 257
+    vocab_multiple: int = 8
+    d_model: int = 256
+    pattern: str = "M-M-"
+    mamba2: Mamba2Config = dataclasses.field(default_factory=Mamba2Config)
+    attention: AttentionConfig = dataclasses.field(default_factory=AttentionConfig)
+    mlp: MLPConfig = dataclasses.field(default_factory=MLPConfig)
+    norm: str = "rms"
+    norm_eps: float = 1e-5
+    tie_embeddings: bool = True
+    max_positions: int | None = None
+    dtype: str = "float32"
+    residual_dtype: str = "float32"
+    init_std: float | None = None
+    rescale_residual: bool = True
+    remat: str = "none"
+    loss_chunks: int = 0
+    z_loss: float = 0.0
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """V, the rows of the embedding and the columns of the head."""
+        return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
+
+    @property
+    def layers(self) -> str:
+        """The pattern with repeats written out."""
+        return patterns.parse(self.pattern, "".join(KINDS))
+
+    def validate(self) -> None:
+        """Raises ValueError naming the first field whose value cannot work, and what would."""
+        _ = self.layers
+        for field, known in (
+            ("norm", NORMS),
+            ("remat", REMAT),
+            ("dtype", ("float32", "bfloat16", "float16", "float64")),
+            ("residual_dtype", ("float32", "bfloat16", "float64")),
+        ):
+            if getattr(self, field) not in known:
+                raise ValueError(
+                    f"model.{field}={getattr(self, field)!r} is unknown; use one of {sorted(known)}"
+                )
+        for field in ("vocab_size", "d_model", "vocab_multiple"):
+            if getattr(self, field) < 1:
+                raise ValueError(f"model.{field}={getattr(self, field)} must be at least 1")

@@ -1,0 +1,129 @@
+"""The decoder language model: embedding, a pattern of sub-layers, final norm, tied or untied head."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from layers.embedding import Embedding
+from layers.norm import NORMS
+from layers.param import Linear, normal
+from layers.types import Context, State
+from models.backbone import Backbone
+from models.config import LMConfig
+from pallas_kernels import spmd
+
+
+class LM(nnx.Module):
+    """``hidden, state, out = lm(tokens, state)``; ``lm.logits(hidden)`` where logits are wanted."""
+
+    def __init__(self, config: LMConfig, *, rngs: nnx.Rngs):
+        config.validate()
+        self.config = config
+        embedding_std = normal(0.02 if config.init_std is None else config.init_std)
+        self.embed = Embedding(
+            config.padded_vocab_size,
+            config.d_model,
+            rngs=rngs,
+            max_positions=config.max_positions,
+            init=embedding_std,
+        )
+        self.backbone = Backbone(config, rngs=rngs)
+        self.norm = NORMS[config.norm](config.d_model, eps=config.norm_eps)
+        self.head = None
+        if not config.tie_embeddings:
+            self.head = Linear(
+                config.d_model,
+                config.padded_vocab_size,
+                ("embed", "vocab_out"),
+                rngs=rngs,
+                init=embedding_std,
+                role="head",
+            )
+
+    def init_state(self, batch: int, max_len: int) -> State:
+        """State before any token: the mixers' states, and the last real segment id and position per row."""
+        return {
+            "layers": self.backbone.init_state(batch, max_len),
+            "segment": jnp.zeros(batch, jnp.int32),
+            "position": jnp.full(batch, -1, jnp.int32),
+        }
+
+    def state_batch_axes(self) -> State:
+        """For each leaf of the state, the axis that counts rows of the batch."""
+        shapes = jax.eval_shape(lambda: self.init_state(1, 1))
+        layers = [
+            jax.tree.map(lambda _, a=axis: a, run)
+            for axis, run in zip(self.backbone.state_batch_axes(), shapes["layers"])
+        ]
+        return {"layers": layers, "segment": 0, "position": 0}
+
+    def __call__(
+        self,
+        tokens: Int[Array, "B L"],
+        state: State | None = None,
+        *,
+        segment_ids: Int[Array, "B L"] | None = None,
+        positions: Int[Array, "B L"] | None = None,
+        **static: Any,
+    ) -> tuple[Float[Array, "B L D"], State | None, dict[str, Any]]:
+        """Final-normed hidden states, the state after the last token, and named intermediates.
+
+        Args:
+            tokens: token ids.
+            state: from ``init_state`` or an earlier call; None in training, where nothing is carried.
+            segment_ids: raw document ids, 0 for padding; equal to the last id of the piece before where a
+                document continues. None: every token is real and continues the row.
+            positions: positions in the documents; counted from segment starts, and on from the state, if None.
+            static: further fields of ``Context``.
+        """
+        batch, length = tokens.shape
+        ctx = Context.create(
+            batch,
+            length,
+            positions=positions,
+            segment_ids=segment_ids,
+            previous_segment=None if state is None else state["segment"],
+            previous_position=None if state is None else state["position"],
+            sequence_axis=spmd.SEQUENCE if spmd.sequence_parts() > 1 else None,
+            **static,
+        )
+        dtype = jnp.dtype(self.config.dtype)
+        x = self.embed(tokens, ctx.positions, dtype).astype(self.config.residual_dtype)
+        x, layers = self.backbone(spmd.shard_activations(x), None if state is None else state["layers"], ctx)
+        hidden = self.norm(x, dtype=dtype)
+        after = None if state is None else {"layers": layers, **_last(state, segment_ids, ctx)}
+        return hidden, after, {"residual": x}
+
+    def logits(self, hidden: Float[Array, "*b D"]) -> Float[Array, "*b V"]:
+        """Unnormalised log-probabilities, float32 or wider; ids that only pad the vocabulary get -1e30."""
+        logits = self.embed.attend(hidden) if self.head is None else self.head(hidden)
+        logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+        if self.config.padded_vocab_size == self.config.vocab_size:
+            return logits
+        return jnp.where(jnp.arange(logits.shape[-1]) < self.config.vocab_size, logits, -1e30)
+
+    def flops_per_token(self, length: int) -> float:
+        """Forward operations per token at context ``length``, head included (2 per multiply-add)."""
+        return (
+            self.backbone.flops_per_token(length) + 2.0 * self.config.d_model * self.config.padded_vocab_size
+        )
+
+
+def _last(state: State, segment_ids: Int[Array, "B L"] | None, ctx: Context) -> State:
+    """Segment id and position of the last real token of each row; those before where there is none."""
+    if segment_ids is None:
+        return {"segment": state["segment"], "position": ctx.positions[:, -1]}
+    length = segment_ids.shape[1]
+    last = length - 1 - jnp.argmax(segment_ids[:, ::-1] != 0, axis=1)
+    pick = lambda values, before: jnp.where(  # noqa: E731
+        (segment_ids != 0).any(axis=1), jnp.take_along_axis(values, last[:, None], axis=1)[:, 0], before
+    )
+    return {
+        "segment": pick(segment_ids, state["segment"]),
+        "position": pick(ctx.positions, state["position"]),
+    }

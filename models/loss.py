@@ -1,0 +1,52 @@
+"""Cross entropy on hidden states, so that [B, L, V] logits never exist at once."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from models.lm import LM
+
+LOGIT_BYTES = 64 * 2**20  # automatic chunks keep one block of float32 logits below this
+
+
+def chunked_cross_entropy(
+    lm: LM, hidden: Float[Array, "B L D"], targets: Int[Array, "B L"], chunks: int = 0
+) -> tuple[Float[Array, "B L"], Float[Array, "B L"]]:
+    """Negative log-likelihood in nats and log-normaliser of each target, float32.
+
+    Args:
+        chunks: pieces of L to go through one after another, recomputing logits in the backward pass;
+            0 takes the fewest that divide L and keep a piece of logits below 64 MiB.
+
+    Raises:
+        ValueError: ``chunks`` does not divide L.
+    """
+    batch, length, _ = hidden.shape
+    if chunks == 0:
+        size = batch * length * lm.config.padded_vocab_size * 4
+        divisors = (n for n in range(1, length + 1) if length % n == 0)
+        chunks = next(n for n in divisors if size // n <= LOGIT_BYTES or n == length)
+    if length % chunks:
+        raise ValueError(f"model.loss_chunks={chunks} does not divide the sequence length {length}")
+    if chunks == 1:
+        return _cross_entropy(lm, hidden, targets)
+
+    # Piece j takes tokens j, j + chunks, ...: the major part of a sharded time axis stays where it is.
+    def split(a: jax.Array) -> jax.Array:
+        return jnp.moveaxis(a.reshape(batch, length // chunks, chunks, *a.shape[2:]), 2, 0)
+
+    body = jax.checkpoint(_cross_entropy, prevent_cse=False)
+    _, (nll, log_z) = jax.lax.scan(
+        lambda _, piece: (None, body(lm, *piece)), None, (split(hidden), split(targets))
+    )
+    merge = lambda a: jnp.moveaxis(a, 0, 2).reshape(batch, length)  # noqa: E731
+    return merge(nll), merge(log_z)
+
+
+def _cross_entropy(lm: LM, hidden: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
+    logits = lm.logits(hidden)
+    log_z = jax.nn.logsumexp(logits, axis=-1)
+    picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    return log_z - picked, log_z
