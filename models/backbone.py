@@ -50,7 +50,7 @@ class SubLayer(nnx.Module):
 def initializers(config: LMConfig) -> tuple[Initializer, Initializer]:
     """Initialisers of inner and of residual-writing projections; the latter are scaled by 1/sqrt(depth).
 
-    ``init_std`` None takes torch's Linear default as the Mamba code does (state-spaces/mamba, mixer_seq_simple).
+    ``init_std`` None takes torch's Linear default as the Mamba code does (mixer_seq_simple.py).
     """
     init = uniform_fan_in if config.init_std is None else normal(config.init_std)
     scale = len(config.layers) ** -0.5 if config.rescale_residual else 1.0
@@ -58,7 +58,7 @@ def initializers(config: LMConfig) -> tuple[Initializer, Initializer]:
 
 
 class Run(nnx.Module):
-    """``repeats`` copies of a unit of sub-layers; parameters stacked on a leading "layers" axis if several."""
+    """``repeats`` copies of a unit of sub-layers; stacked on a leading "layers" axis if several."""
 
     def __init__(self, unit: str, repeats: int, config: LMConfig, *, rngs: nnx.Rngs):
         self.repeats, self.remat = repeats, config.remat

@@ -78,7 +78,7 @@ class LM(nnx.Module):
             state: from ``init_state`` or an earlier call; None in training, where nothing is carried.
             segment_ids: raw document ids, 0 for padding; equal to the last id of the piece before where a
                 document continues. None: every token is real and continues the row.
-            positions: positions in the documents; counted from segment starts, and on from the state, if None.
+            positions: positions in the documents; counted from segment starts and on from the state if None.
             static: further fields of ``Context``.
         """
         batch, length = tokens.shape

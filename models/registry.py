@@ -10,7 +10,7 @@ from flax import nnx
 
 from layers.attention import Attention, AttentionConfig
 from layers.mamba2 import Mamba2, Mamba2Config
-from layers.mlp import MLP, MLPConfig
+from layers.mlp import MLP
 from layers.rope import RopeConfig
 
 
