@@ -1,0 +1,129 @@
+"""Language modelling: predict the next byte or token of real text."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+
+import grain
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from tasks import sources
+from tasks.packing import Layout, Packer
+from tasks.tokenizer import ByteTokenizer
+from tasks.types import Batch, Mean, weighted_sum
+
+
+@dataclasses.dataclass
+class LMTaskConfig(sources.SourceConfig):
+    """Language modelling on a source (`tasks.sources.SourceConfig` has its fields).
+
+    Attributes:
+        seq_len, batch_size: L and B, of the global batch.
+        packing: "docs" or "stream"; see `tasks.packing.Layout`.
+        carry_state: row r of batch s + 1 continues row r of batch s (truncated backpropagation).
+        seed: of the data order.
+        eval_seq_len, eval_batch_size: for validation; None: as in training.
+        eval_batches: at most this many validation batches; None: all.
+    """
+
+    seq_len: int = 256
+    batch_size: int = 8
+    packing: str = "docs"
+    carry_state: bool = False
+    seed: int = 0
+    eval_seq_len: int | None = None
+    eval_batch_size: int | None = None
+    eval_batches: int | None = None
+
+
+class LMTask:
+    """Next-token prediction with document-aware packing; a `tasks.types.Task`.
+
+    ``training`` and ``validation`` are the corpora, ``manifest`` the files of a byte source (else None),
+    ``tokenizer`` turns text into ids (None for token arrays).
+
+    Raises:
+        FileNotFoundError, ValueError: from the source, the layout, or a corpus below one batch.
+    """
+
+    def __init__(self, config: LMTaskConfig):
+        self.config = config
+        layout = Layout(config.batch_size, config.seq_len, config.packing, config.carry_state)
+        eval_layout = dataclasses.replace(
+            layout,
+            batch_size=config.batch_size if config.eval_batch_size is None else config.eval_batch_size,
+            seq_len=config.seq_len if config.eval_seq_len is None else config.eval_seq_len,
+        )
+        if config.eval_batches is not None and config.eval_batches < 1:
+            raise ValueError(
+                f"task.eval_batches must be at least 1, or None for all, got {config.eval_batches}"
+            )
+        splits = sources.load(config)
+        self.training, self.validation, self.manifest = splits.train, splits.validation, splits.manifest
+        self._vocab_size, self._separator = splits.vocab_size, splits.separator_id
+        self.tokenizer = ByteTokenizer() if splits.manifest else None
+        needed = config.batch_size * config.seq_len
+        if self.training.targets < needed:
+            raise ValueError(
+                f"task.source={config.source!r} has {self.training.targets} training targets, fewer than one "
+                f"batch of task.batch_size={config.batch_size} x task.seq_len={config.seq_len} = {needed}: "
+                "lower those, or raise task.max_train_tokens"
+            )
+        self._train = Packer(self.training, layout, seed=config.seed)
+        # Its own fixed seed: validation is the same whatever the seed of the run.
+        self._eval = Packer(self.validation, eval_layout, seed=0, once=True)
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of token ids."""
+        return self._vocab_size
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Training steps that see every target once."""
+        return self._train.steps_per_epoch
+
+    def train(self, rows: slice | None = None) -> grain.MapDataset:
+        """``dataset[s]`` is batch s (`tasks.types.token_batch_spec`), or its rows ``rows``; s >= 0."""
+        return self._checked(self._train.dataset(rows), "training")
+
+    def eval_sets(self, rows: slice | None = None) -> dict[str, grain.MapDataset]:
+        """``{"validation": dataset}``: every held-out target exactly once (unless ``eval_batches``
+        limits it), in a fixed shuffled order; padding has segment 0 and weight 0."""
+        return {"validation": self._checked(self._eval.dataset(rows, self.config.eval_batches), "validation")}
+
+    def loss(self, output: Mapping[str, Array], batch: Batch) -> Mean:
+        """(sum of nats, number of targets), from ``output["nll"]`` float [B, L]: nats per target."""
+        return weighted_sum(output["nll"], jnp.asarray(batch["weights"]))
+
+    def metrics(self, output: Mapping[str, Array], batch: Batch) -> dict[str, Mean]:
+        """``loss`` in nats per token and, where bytes are known, ``bits_per_byte``.
+
+        The targets that end documents cost bits but are no bytes.
+        """
+        nats, count = self.loss(output, batch)
+        metrics = {"loss": (nats, count)}
+        if self.tokenizer is not None:
+            end = batch["targets"] == self._separator
+            metrics["bits_per_byte"] = (nats / math.log(2), jnp.sum(jnp.where(end, 0, batch["weights"])))
+        elif self.config.bytes_per_token is not None:
+            metrics["bits_per_byte"] = (nats / math.log(2), count * self.config.bytes_per_token)
+        return metrics
+
+    def _checked(self, dataset: grain.MapDataset, name: str) -> grain.MapDataset:
+        """Token arrays are too long to be checked whole: every batch made of them is."""
+        if self.tokenizer is not None:
+            return dataset
+
+        def check(step: int, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+            for field in ("tokens", "targets"):
+                sources.check_ids(
+                    batch[field], self._vocab_size, f"task.source: {name} batch {step} ({field})"
+                )
+            return batch
+
+        return dataset.map_with_index(check)

@@ -1,0 +1,241 @@
+"""From a source to a training and a validation corpus.
+
+A source is "stdlib"; a file, directory or glob of bytes; or token arrays (``*.npy``, raw ``*.bin``). Paths
+may be local or remote (``gs://``); local token arrays are memory-mapped, all else is read into memory.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import hashlib
+import os
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from tasks import stdlib
+from tasks.corpus import Corpus
+from tasks.manifest import FileEntry, Manifest
+from tasks.tokenizer import ByteTokenizer
+
+ACCEPTED = (
+    "'stdlib' (Python's own source), a file, a directory or a glob of bytes, or token arrays: *.npy, or raw "
+    "*.bin with task.token_dtype and task.vocab_size"
+)
+TOKEN_SUFFIXES = (".npy", ".bin")
+
+
+@dataclasses.dataclass
+class SourceConfig:
+    """Where text comes from and what is held out.
+
+    Attributes:
+        source: "stdlib", or a path: file, directory (read recursively, hidden files skipped) or glob.
+        pattern: names of the files read, as in "*.txt"; empty: "*.py" for the library, all of a directory.
+        token_dtype: dtype of the ids in raw ``*.bin`` token arrays.
+        vocab_size: number of ids of token arrays; byte sources have 257.
+        separator_id: the id that opens (or closes) documents in token arrays; None: an array is one document.
+        bytes_per_token: of token arrays, where known: gives them bits per byte.
+        eval_source: what is validated on instead of a part of ``source``; a path like ``source``.
+        eval_fraction: share held out of ``source``: of a directory's files (by a hash of their paths), the
+            tail of a single file and of token arrays. The library has its own split, by package.
+        max_train_tokens: at most this many training targets, for quick tests; the beginning of the corpus
+            in a fixed shuffled order of documents.
+        cache_dir: where manifests and reference numbers are kept; empty: ``~/.cache/longspan``.
+    """
+
+    source: str = "stdlib"
+    pattern: str = ""
+    token_dtype: str = "uint16"
+    vocab_size: int | None = None
+    separator_id: int | None = None
+    bytes_per_token: float | None = None
+    eval_source: str = ""
+    eval_fraction: float = 0.05
+    max_train_tokens: int | None = None
+    cache_dir: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Splits:
+    """The two sides of a source. ``manifest`` is None, and ``separator_id`` may be, for token arrays."""
+
+    train: Corpus
+    validation: Corpus
+    vocab_size: int
+    separator_id: int | None
+    manifest: Manifest | None
+
+
+def load(config: SourceConfig) -> Splits:
+    """Read ``config.source`` and split it.
+
+    Raises:
+        FileNotFoundError: a source does not exist or no file matches.
+        ValueError: nothing on one of the sides, an impossible fraction, or unusable token arrays.
+    """
+    if not config.eval_source and not 0 < config.eval_fraction < 1:
+        raise ValueError(f"task.eval_fraction must lie between 0 and 1, got {config.eval_fraction}")
+    is_tokens = config.source != "stdlib" and _holds_tokens("source", config.source, config.pattern)
+    if config.eval_source and _holds_tokens("eval_source", config.eval_source, config.pattern) != is_tokens:
+        raise ValueError(
+            f"task.source={config.source!r} and task.eval_source={config.eval_source!r} must be of one "
+            "kind, both bytes or both token arrays"
+        )
+    splits = _load_tokens(config) if is_tokens else _load_bytes(config)
+    for name, corpus in (("training", splits.train), ("validation", splits.validation)):
+        if not corpus.targets:
+            raise ValueError(
+                f"task.source={config.source!r}: the {name} side is empty "
+                f"(task.eval_source={config.eval_source!r}, task.eval_fraction={config.eval_fraction}). Sources are {ACCEPTED}"
+            )
+    if config.max_train_tokens is not None:
+        if config.max_train_tokens < 1:
+            raise ValueError(
+                f"task.max_train_tokens must be at least 1 or None, got {config.max_train_tokens}"
+            )
+        order = np.random.default_rng(0).permutation(len(splits.train.lengths))
+        shuffled = splits.train.select(order)
+        splits = dataclasses.replace(splits, train=shuffled.split(config.max_train_tokens)[0])
+    return splits
+
+
+def find_files(field: str, source: str, pattern: str = "") -> tuple[epath.Path, list[str]]:
+    """The root and the sorted relative paths of the files of a path, directory or glob.
+
+    Raises:
+        FileNotFoundError: naming ``task.<field>``, when there are none.
+    """
+    path = epath.Path(os.path.expanduser(source))
+    magic = re.search(r"[*?\[]", source)
+    if magic and not path.exists():
+        root = epath.Path(os.path.expanduser(source[: magic.start()].rpartition("/")[0] or "."))
+        glob = source[: magic.start()].rpartition("/")[2] + source[magic.start() :]
+        found = list(root.glob(glob)) if root.exists() else []
+    elif path.is_dir():
+        root, found = path, list(path.rglob("*"))
+    elif path.exists():
+        return path.parent, [path.name]
+    else:
+        raise FileNotFoundError(f"task.{field}={source!r}: {path} does not exist. Sources are {ACCEPTED}")
+    relative = [p.relative_to(root) for p in found if fnmatch.fnmatch(p.name, pattern or "*")]
+    visible = [r for r in relative if not any(part.startswith(".") for part in r.parts)]
+    paths = sorted(r.as_posix() for r in visible if (root / r).is_file())
+    if not paths:
+        raise FileNotFoundError(
+            f"task.{field}={source!r}: no file in {root} matches (task.pattern={pattern!r}; hidden files are "
+            f"skipped). Sources are {ACCEPTED}"
+        )
+    return root, paths
+
+
+def _holds_tokens(field: str, source: str, pattern: str) -> bool:
+    """Whether the files of a path are token arrays, by their suffixes."""
+    _, paths = find_files(field, source, pattern)
+    arrays = [p for p in paths if p.endswith(TOKEN_SUFFIXES)]
+    if arrays and len(arrays) < len(paths):
+        other = next(p for p in paths if p not in arrays)
+        raise ValueError(
+            f"task.{field}={source!r} mixes token arrays ({arrays[0]}) with other files ({other}); choose "
+            'one kind with task.pattern, as in "*.bin"'
+        )
+    return bool(arrays)
+
+
+def _load_bytes(config: SourceConfig) -> Splits:
+    """Files of bytes: each is a document, and lies on one side unless it is the only one."""
+    root, files, held_out, rule = _byte_files(config)
+    train = {path: data for path, data in files.items() if path not in held_out}
+    validation = {path: data for path, data in files.items() if path in held_out}
+    if config.eval_source:
+        base, paths = find_files("eval_source", config.eval_source, config.pattern)
+        train = {path: data for path, data in files.items() if root / path not in {base / p for p in paths}}
+        validation = {path: (base / path).read_bytes() for path in paths}
+        rule = {"split": "task.eval_source", "eval_source": str(base)}
+    sides = {"train": train, "validation": validation}
+    learned, evaluated = (Corpus.from_documents(list(group.values())) for group in sides.values())
+    if not validation:
+        sides = {"both": train}
+        learned, evaluated = learned.split(learned.targets - int(learned.targets * config.eval_fraction))
+    entries = [
+        FileEntry(path, len(data), hashlib.sha256(data).hexdigest(), side)
+        for side, group in sides.items()
+        for path, data in group.items()
+    ]
+    manifest = Manifest(str(root), rule, tuple(entries))
+    manifest.write(config.cache_dir)
+    return Splits(learned, evaluated, ByteTokenizer.vocab_size, ByteTokenizer.separator_id, manifest)
+
+
+def _byte_files(config: SourceConfig) -> tuple[epath.Path, dict[str, bytes], set[str], dict[str, Any]]:
+    """(root, {path: bytes}, held-out paths, rule for the manifest) of the source's own split."""
+    if config.source == "stdlib":
+        root, files, held_out, rule = stdlib.load(config.pattern)
+        return epath.Path(root), files, held_out, rule
+    base, paths = find_files("source", config.source, config.pattern)
+    files = {path: (base / path).read_bytes() for path in paths}
+    if len(paths) == 1:
+        return base, files, set(), {"split": "tail of the file", "eval_fraction": config.eval_fraction}
+    place = {p: int(hashlib.sha256(p.encode()).hexdigest()[:16], 16) / 2**64 for p in paths}
+    # At least one file on either side, whatever the hashes.
+    count = min(max(sum(v < config.eval_fraction for v in place.values()), 1), len(paths) - 1)
+    held_out = set(sorted(paths, key=lambda p: place[p])[:count])
+    return base, files, held_out, {"split": "by sha256 of the path", "eval_fraction": config.eval_fraction}
+
+
+def _load_tokens(config: SourceConfig) -> Splits:
+    if config.vocab_size is None:
+        raise ValueError(
+            f"task.source={config.source!r} holds token arrays: set task.vocab_size to their number of ids"
+        )
+    separator = config.separator_id
+    corpus = Corpus.from_arrays(_token_arrays("source", config.source, config), separator)
+    if config.eval_source:
+        train = corpus
+        validation = Corpus.from_arrays(_token_arrays("eval_source", config.eval_source, config), separator)
+    else:
+        train, validation = corpus.split(corpus.targets - int(corpus.targets * config.eval_fraction))
+    return Splits(train, validation, config.vocab_size, separator, None)
+
+
+def _token_arrays(field: str, source: str, config: SourceConfig) -> Sequence[np.ndarray]:
+    """The 1-D integer arrays of a source; the ids at the head of each are checked here, all others when a
+    batch is made."""
+    root, paths = find_files(field, source, config.pattern)
+    arrays = [_token_array(root / path, config.token_dtype) for path in paths]
+    for path, array in zip(paths, arrays):
+        if array.ndim != 1 or array.dtype.kind not in "iu":
+            raise ValueError(
+                f"task.{field}: {root / path} holds {array.dtype} of shape {array.shape}; token arrays "
+                "are 1-D integers"
+            )
+        check_ids(array[: 1 << 16], config.vocab_size or 0, f"task.{field}: {root / path}")
+    return arrays
+
+
+def _token_array(path: epath.Path, dtype: str) -> np.ndarray:
+    local = "://" not in os.fspath(path)
+    if path.suffix == ".npy":
+        if local:
+            return np.load(path, mmap_mode="r", allow_pickle=False)
+        with path.open("rb") as file:
+            return np.load(file, allow_pickle=False)
+    size, item = path.stat().length, np.dtype(dtype).itemsize
+    if size % item:
+        raise ValueError(f"{path} has {size} bytes, no multiple of the {item} of task.token_dtype={dtype!r}")
+    if not size:
+        return np.zeros(0, dtype)
+    return np.memmap(path, dtype, mode="r") if local else np.frombuffer(path.read_bytes(), dtype)
+
+
+def check_ids(ids: np.ndarray, vocab_size: int, where: str) -> None:
+    """ValueError naming ``where`` unless all ``ids`` lie in [0, vocab_size)."""
+    if ids.size and (int(ids.max()) >= vocab_size or int(ids.min()) < 0):
+        raise ValueError(
+            f"{where} holds token ids {int(ids.min())}..{int(ids.max())}, but task.vocab_size={vocab_size} "
+            f"allows 0..{vocab_size - 1}: raise task.vocab_size, or check task.token_dtype"
+        )
