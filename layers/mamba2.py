@@ -1,7 +1,6 @@
 """The Mamba-2 mixer: projections, a causal convolution, the SSD op, a gated norm (arXiv:2405.21060)."""
 
-from __future__ import annotations
-
+# No ``from __future__ import annotations`` here: command-line overrides read the field types at run time.
 import dataclasses
 import math
 

@@ -1,7 +1,6 @@
 """The position-wise MLP: GELU, SwiGLU or squared ReLU, biases optional."""
 
-from __future__ import annotations
-
+# No ``from __future__ import annotations`` here: command-line overrides read the field types at run time.
 import dataclasses
 import functools
 

@@ -1,7 +1,6 @@
 """The shape of a decoder language model, as a config."""
 
-from __future__ import annotations
-
+# No ``from __future__ import annotations`` here: command-line overrides read the field types at run time.
 import dataclasses
 
 from layers.attention import AttentionConfig

@@ -14,7 +14,7 @@ from layers.param import AXES
 Tree = Any
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Functional:
     """A module split into its static structure and descriptions of its parameters.
 

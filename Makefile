@@ -1,0 +1,37 @@
+# Both commands work in a fresh clone: they make .venv and install exact versions first.
+#   make quickstart   train the small hybrid on real text, compare it, sample from it
+#   make test         lint, types, the whole test suite
+PYTHON ?= python3
+VENV ?= .venv
+VERSION := $(shell $(PYTHON) -c 'import sys; print("%d%d" % sys.version_info[:2])')
+CONSTRAINTS := constraints/py$(VERSION).txt
+BIN := $(VENV)/bin
+WORKERS ?= 2
+
+.PHONY: install quickstart test lint types clean
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml $(CONSTRAINTS)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[dev]'
+	touch $@
+
+$(CONSTRAINTS):
+	@echo "longspan is tested on Python 3.11 and 3.12; for another version make $@ from a working environment" && exit 1
+
+quickstart: install
+	$(BIN)/python train.py --config=configs/quickstart.py --workdir=runs/quickstart
+
+test: install lint types
+	$(BIN)/python -m pytest -n $(WORKERS)
+
+lint: install
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+types: install
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) .jax_cache .mypy_cache .ruff_cache .pytest_cache

@@ -1,0 +1,31 @@
+"""Mamba-2, attention and their hybrid: same text, same budget, equal parameters (within 5 %).
+
+Command: ``python train.py --config=configs/lm_stdlib.py:hybrid --workdir=runs/hybrid`` (or mamba2, attention)
+Hardware: 2 CPU cores, about ten minutes each. Metric: see the README's comparison table.
+"""
+
+from configs.base import Experiment, TrainConfig
+from configs.quickstart import get_config as quickstart
+from runtime.checkpoint import CheckpointConfig
+
+# pattern and MLP width; widths even out the parameter counts.
+VARIANTS = {
+    "mamba2": ("M-M-M-", 384),
+    "attention": ("*-*-*-", 640),
+    "hybrid": ("M-*-M-", 448),
+}
+
+
+def get_config(variant: str = "hybrid") -> Experiment:
+    """Raises ValueError for a variant that does not exist."""
+    if variant not in VARIANTS:
+        raise ValueError(f"configs/lm_stdlib.py:{variant}: unknown variant; use one of {', '.join(VARIANTS)}")
+    config = quickstart()
+    config.name = f"lm_stdlib:{variant}"
+    config.model.pattern, config.model.mlp.hidden = VARIANTS[variant]
+    config.task.seq_len = 512
+    config.checkpoint = CheckpointConfig(every=500)
+    config.train = TrainConfig(
+        steps=2000, eval_every=500, baselines=True, sample_prompt="def read(self, ", sample_length=600
+    )
+    return config

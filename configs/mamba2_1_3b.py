@@ -1,0 +1,13 @@
+"""Mamba-2 1.3B: 48 layers, d_model 2048 (arXiv:2405.21060).
+
+Command: ``python train.py --config=configs/mamba2_1_3b.py --config.task.source=TOKENS --workdir=RUN``
+Hardware: accelerators; not yet run at this size. Published: 300 B tokens of the Pile, sequence length 2048.
+The peak learning rate is about five times that of GPT-3 at this size.
+"""
+
+from configs.base import Experiment
+from configs.mamba2 import TOKENS_PER_BATCH, published
+
+
+def get_config() -> Experiment:
+    return published("mamba2_1_3b", n_layer=48, d_model=2048, lr=0.001, steps=300 * 10**9 // TOKENS_PER_BATCH)

@@ -1,0 +1,107 @@
+"""What the laws are run on: every mixer of the registry, as a pure function of its parameters."""
+
+import functools
+import zlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from layers.types import Context
+from models.functional import Functional
+from models.registry import TINY_D_MODEL, TINY_MIXERS
+
+MIXERS = sorted(TINY_MIXERS)
+BATCH, LENGTH, MAX_LEN = 2, 21, 32  # a length that no chunk, block or window divides
+
+
+@functools.cache
+def functional(name):
+    """(Functional, parameters) of a tiny mixer; parameters away from their initial values."""
+    model = Functional.create(TINY_MIXERS[name])
+    key = jax.random.key(zlib.crc32(name.encode()))
+    params = model.init(key)
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(key, len(leaves))
+    noisy = [p + 0.1 * jax.random.normal(k, p.shape) for p, k in zip(leaves, keys)]
+    return model, jax.tree.unflatten(tree, noisy)
+
+
+@functools.cache
+def compiled(name):
+    """``run(params, x, state, segment_ids, previous_segment, previous_position) -> y, state`` under jit."""
+    model, _ = functional(name)
+
+    @jax.jit
+    def run(params, x, state=None, segment_ids=None, previous_segment=None, previous_position=None):
+        ctx = Context.create(
+            *x.shape[:2],
+            segment_ids=segment_ids,
+            previous_segment=previous_segment,
+            previous_position=previous_position,
+        )
+        return model.bind(params)(x, state, ctx)
+
+    return run
+
+
+def empty_state(name, batch=BATCH, max_len=MAX_LEN):
+    model, params = functional(name)
+    return model.bind(params).init_state(batch, max_len)
+
+
+def inputs(batch=BATCH, length=LENGTH, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=(batch, length, TINY_D_MODEL)), jnp.float32)
+
+
+def stream(name, x, splits, segment_ids=None):
+    """Outputs and final state of ``x`` fed in pieces of the given lengths, with carried state."""
+    _, params = functional(name)
+    run, batch = compiled(name), x.shape[0]
+    state, start, ys = empty_state(name, batch), 0, []
+    segment, position = jnp.zeros(batch, jnp.int32), jnp.full(batch, -1, jnp.int32)
+    for size in splits:
+        ids = None if segment_ids is None else segment_ids[:, start : start + size]
+        y, state = run(params, x[:, start : start + size], state, ids, segment, position)
+        ids = jnp.ones((batch, size), jnp.int32) if ids is None else ids
+        segment, position = advance(ids, segment, position)
+        start += size
+        ys.append(y)
+    return jnp.concatenate(ys, 1), state
+
+
+def advance(ids, segment, position):
+    """Last real segment id and position after a piece: what the model keeps beside the mixers' states."""
+    ctx = Context.create(*ids.shape, segment_ids=ids, previous_segment=segment, previous_position=position)
+    ids, positions = np.asarray(ids), np.asarray(ctx.positions)
+    segment, position = np.array(segment), np.array(position)
+    for row in range(ids.shape[0]):
+        real = np.flatnonzero(ids[row])
+        if real.size:
+            segment[row], position[row] = ids[row, real[-1]], positions[row, real[-1]]
+    return jnp.asarray(segment), jnp.asarray(position)
+
+
+# Documents of length 1, shorter than a convolution, crossing chunk edges; padding before, between and after.
+PACKED = jnp.asarray(
+    [
+        [0, 0, 1, 1, 1, 1, 1, 2, 3, 3, 0, 0, 4, 4, 4, 4, 4, 4, 4, 0, 0],
+        [5, 5, 5, 5, 5, 5, 5, 5, 5, 5, 5, 5, 6, 6, 0, 7, 8, 8, 8, 8, 8],
+    ],
+    jnp.int32,
+)
+
+
+def documents(segment_ids=PACKED):
+    """(row, start, stop) of every document."""
+    ids = np.asarray(segment_ids)
+    return [
+        (row, int(np.flatnonzero(ids[row] == s)[0]), int(np.flatnonzero(ids[row] == s)[-1]) + 1)
+        for row in range(ids.shape[0])
+        for s in np.unique(ids[row])
+        if s
+    ]
+
+
+def close(actual, expected, atol=2e-5, rtol=1e-4):
+    jax.tree.map(lambda a, e: np.testing.assert_allclose(a, e, atol=atol, rtol=rtol), actual, expected)
