@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Self
 
 import numpy as np
 from jaxtyping import Int
@@ -32,7 +31,7 @@ class Corpus:
     lengths: Int[np.ndarray, " n"]
 
     @classmethod
-    def from_documents(cls, documents: Sequence[bytes]) -> Self:
+    def from_documents(cls, documents: Sequence[bytes]) -> Corpus:
         """Byte documents, copied into one uint16 array (two bytes of memory per byte); empty ones dropped."""
         documents = [d for d in documents if d]
         lengths = np.array([len(d) + 1 for d in documents], np.int64)
@@ -43,7 +42,7 @@ class Corpus:
         return cls((array,), starts, lengths)
 
     @classmethod
-    def from_arrays(cls, shards: Sequence[np.ndarray], separator_id: int | None = None) -> Self:
+    def from_arrays(cls, shards: Sequence[np.ndarray], separator_id: int | None = None) -> Corpus:
         """Token arrays. A ``separator_id`` opens a new document wherever it stands (one pass over the data);
         without it every array is one document."""
         starts, lengths = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
@@ -83,11 +82,11 @@ class Corpus:
         index = np.repeat(self.starts, self.lengths) + positions
         return self.take(index), self.take(index + 1), positions
 
-    def select(self, documents: Int[np.ndarray, " m"]) -> Self:
+    def select(self, documents: Int[np.ndarray, " m"]) -> Corpus:
         """The documents with these numbers, over the same arrays."""
         return dataclasses.replace(self, starts=self.starts[documents], lengths=self.lengths[documents])
 
-    def split(self, at: int) -> tuple[Self, Self]:
+    def split(self, at: int) -> tuple[Corpus, Corpus]:
         """The first ``at`` pairs and the rest; a document may be cut in two."""
         end = np.cumsum(self.lengths)
         before = np.clip(at - (end - self.lengths), 0, self.lengths)

@@ -1,6 +1,6 @@
 """Language modelling: predict the next byte or token of real text."""
 
-from __future__ import annotations
+# No ``from __future__ import annotations`` here: command-line overrides read the field types at run time.
 
 import dataclasses
 import math

@@ -4,10 +4,11 @@ A source is "stdlib"; a file, directory or glob of bytes; or token arrays (``*.n
 may be local or remote (``gs://``); local token arrays are memory-mapped, all else is read into memory.
 """
 
-from __future__ import annotations
+# No ``from __future__ import annotations`` here: command-line overrides read the field types at run time.
 
 import dataclasses
 import fnmatch
+import glob
 import hashlib
 import os
 import re
@@ -91,7 +92,8 @@ def load(config: SourceConfig) -> Splits:
         if not corpus.targets:
             raise ValueError(
                 f"task.source={config.source!r}: the {name} side is empty "
-                f"(task.eval_source={config.eval_source!r}, task.eval_fraction={config.eval_fraction}). Sources are {ACCEPTED}"
+                f"(task.eval_source={config.eval_source!r}, task.eval_fraction={config.eval_fraction}). "
+                f"Sources are {ACCEPTED}"
             )
     if config.max_train_tokens is not None:
         if config.max_train_tokens < 1:
@@ -110,14 +112,17 @@ def find_files(field: str, source: str, pattern: str = "") -> tuple[epath.Path, 
     Raises:
         FileNotFoundError: naming ``task.<field>``, when there are none.
     """
-    path = epath.Path(os.path.expanduser(source))
-    magic = re.search(r"[*?\[]", source)
-    if magic and not path.exists():
-        root = epath.Path(os.path.expanduser(source[: magic.start()].rpartition("/")[0] or "."))
-        glob = source[: magic.start()].rpartition("/")[2] + source[magic.start() :]
-        found = list(root.glob(glob)) if root.exists() else []
+    expanded = os.path.expanduser(source)
+    path, wildcard = epath.Path(expanded), re.search(r"[*?\[]", expanded)
+    if wildcard and not path.exists():
+        head = expanded[: wildcard.start()].rpartition("/")[0]
+        root = epath.Path(head or ("/" if expanded.startswith("/") else "."))
+        if "://" in expanded:
+            found = list(root.glob(expanded[len(head) + 1 :]))
+        else:
+            found = [epath.Path(p) for p in glob.glob(expanded, recursive=True)]
     elif path.is_dir():
-        root, found = path, list(path.rglob("*"))
+        root, found = path, [folder / name for folder, _, names in path.walk() for name in names]
     elif path.exists():
         return path.parent, [path.name]
     else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int
@@ -20,13 +21,13 @@ class ByteTokenizer:
         ids = np.frombuffer(raw, np.uint8).astype(np.int32)
         return np.concatenate([[np.int32(self.separator_id)], ids]) if separator else ids
 
-    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+    def decode_bytes(self, ids: Iterable[Any]) -> bytes:
         """The bytes among ``ids``; separators are dropped. ValueError for an id outside 0..256."""
-        array = np.asarray(list(ids), np.int64)
+        array = np.asarray(ids, np.int64)
         if array.size and (array.min() < 0 or array.max() > self.separator_id):
             raise ValueError(f"byte ids lie in 0..256, found {array.min()}..{array.max()}")
         return array[array < self.separator_id].astype(np.uint8).tobytes()
 
-    def decode(self, ids: Iterable[int]) -> str:
+    def decode(self, ids: Iterable[Any]) -> str:
         """The text of ``ids``; separators are dropped, bytes that are not UTF-8 become U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
