@@ -43,9 +43,9 @@ class ScheduleConfig:
     """Shape of the learning rate over a run: warm-up to 1, then ``kind``.
 
     Attributes:
-        kind: "constant"; "cosine" or "linear" decay to ``end_factor``; "wsd", constant and then linear decay
-            over the last ``decay_fraction`` of all steps (warm-up, stable, decay: arXiv:2404.06395); "plateau",
-            constant times the factor of :func:`update_plateau`.
+        kind: "constant"; "cosine" or "linear" decay to ``end_factor``; "wsd" (warm-up, stable, decay:
+            arXiv:2404.06395), constant and then linear decay over the last ``decay_fraction`` of all steps;
+            "plateau", constant times the factor of :func:`update_plateau`.
         warmup_steps: length of the linear warm-up. The first update has rate 1 / warmup_steps, not zero.
         warmup_fraction: the same as a fraction of all steps; set one of the two.
         decay_fraction: length of the decay of "wsd" as a fraction of all steps.
@@ -62,7 +62,7 @@ class ScheduleConfig:
 
 
 def make_schedule(config: ScheduleConfig, total_steps: int) -> Schedule:
-    """The factor of the peak learning rate as a function of the update's index 0, 1, ..., ``total_steps`` - 1.
+    """The factor of the peak learning rate as a function of the update's index, 0 to ``total_steps`` - 1.
 
     Raises:
         ValueError: a field of ``config`` is out of range; the message names it.
@@ -125,7 +125,7 @@ def check_schedule(config: ScheduleConfig, total_steps: int) -> None:
 
 
 def init_plateau() -> PlateauState:
-    """The controller before its first evaluation: float32 ``best`` and ``factor``, int32 ``bad``, all scalar."""
+    """The controller before its first evaluation: scalars ``best``, ``factor`` (float32), ``bad`` (int32)."""
     return {
         "best": jnp.asarray(jnp.inf, jnp.float32),
         "bad": jnp.asarray(0, jnp.int32),
@@ -138,9 +138,9 @@ def update_plateau(
 ) -> PlateauState:
     """The controller after an evaluation gave ``value``.
 
-    The state is kept in ``TrainState.extras["plateau"]``, where the train step reads ``factor``; a resumed run
-    thus goes on counting where it stopped. A NaN counts as no improvement. ``best`` holds the value negated
-    when ``mode="max"``.
+    The state is kept in ``TrainState.extras["plateau"]``, where the train step reads ``factor``; a resumed
+    run thus goes on counting where it stopped. A NaN counts as no improvement. ``best`` holds the value
+    negated when ``mode="max"``.
     """
     value = jnp.asarray(value, jnp.float32)
     value = -value if config.mode == "max" else value
