@@ -5,8 +5,7 @@ Paths may be local or ``gs://``. In a run of several processes every process cal
 order.
 """
 
-from __future__ import annotations
-
+# No ``from __future__ import annotations`` here: command-line overrides read the field types at run time.
 import dataclasses
 import logging
 import shutil
@@ -73,7 +72,7 @@ class Checkpoints:
         self._pending: tuple[int, Future[None]] | None = None
         self._at: int | None = None  # the checkpoint this run continues from: last restored or saved
 
-    def __enter__(self) -> Checkpoints:
+    def __enter__(self) -> "Checkpoints":
         return self
 
     def __exit__(self, *exc: object) -> None:
