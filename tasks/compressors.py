@@ -63,7 +63,8 @@ def ngram_bits_per_byte(
         P_k(s | c) = (N(c, s) + T(c) P_{k-1}(s | c')) / (N(c) + T(c)),    P_{-1} = 1 / 257,
 
     N counts, T(c) the number of distinct symbols seen after c, c' the context without its oldest byte.
-    Contexts do not reach across the start of a document. Fitted on the first ``max_pairs`` training pairs.
+    Contexts do not reach across the start of a document. Fitted on the first ``max_pairs`` training pairs
+    (about 50 bytes of memory a pair).
     """
     if not orders or min(orders) < 0 or max(orders) > _LONGEST_ORDER:
         raise ValueError(f"n-gram orders must lie in 0..{_LONGEST_ORDER}, got {tuple(orders)}")

@@ -24,6 +24,9 @@ from tasks.corpus import Corpus
 
 PACKINGS = ("docs", "stream")
 _MAX_ID = 2**31 - 1
+# float32 holds integers exactly up to here; rotary embeddings would lose positions beyond. Rows that carry
+# state may go further: there is no other way to read on, and recurrent mixers do not look at positions.
+_EXACT = 2**24
 _ENDLESS = 2**62  # length of a training dataset; below sys.maxsize so that slices of it stay representable
 
 
@@ -33,8 +36,9 @@ class Layout:
 
     Attributes:
         batch_size, seq_len: B and L.
-        packing: "docs": a segment per document, positions count in the document. "stream": documents run on
-            into each other; a row (with carried state: a row's part of the epoch) is one segment.
+        packing: "docs": a segment per document; positions count from its start, also in a window that begins
+            inside it. "stream": documents run on into each other; a row (with carried state: a row's part of
+            the epoch) is one segment.
         carry_state: rows continue from batch to batch.
     """
 
@@ -66,14 +70,7 @@ class Packer:
     def __init__(self, corpus: Corpus, layout: Layout, *, seed: int, once: bool = False):
         self.corpus, self.layout, self.seed, self.once = corpus, layout, seed, once
         self.pairs = corpus.targets
-        longest = (
-            self.pairs if layout.packing == "stream" and layout.carry_state else corpus.lengths.max(initial=0)
-        )
-        if longest > _MAX_ID and (layout.packing == "docs" or layout.carry_state):
-            raise ValueError(
-                f"positions are int32, but a document has {longest} tokens: set task.separator_id to split "
-                'it into documents, or task.packing="stream" with task.carry_state=False'
-            )
+        self._check_positions()
         self._epochs: dict[int, _Epoch] = {}
 
     @property
@@ -114,6 +111,19 @@ class Packer:
     @property
     def _windows(self) -> int:
         return math.ceil(self.pairs / self.layout.seq_len)
+
+    def _check_positions(self) -> None:
+        layout = self.layout
+        if layout.packing == "docs":
+            longest = int(self.corpus.lengths.max(initial=0))
+        else:
+            longest = self.pairs // layout.batch_size if layout.carry_state else layout.seq_len
+        limit = _MAX_ID if layout.carry_state else _EXACT
+        if longest > limit:
+            raise ValueError(
+                f"positions would run to {longest}, above {limit}: a document is too long. Split token "
+                'arrays with task.separator_id, or set task.packing="stream" (with task.carry_state=False)'
+            )
 
     def _windowed(self, epoch: int, slot: Int[np.ndarray, " b"]) -> dict[str, np.ndarray]:
         """Rows holding the windows in these slots of an epoch's order; slots past the end are padding."""

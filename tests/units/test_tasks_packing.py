@@ -169,8 +169,9 @@ def test_layout_errors_name_the_field():
         Layout(4, 4, "pack")
 
 
-def test_documents_beyond_int32_positions_are_refused():
-    giant = Corpus((np.zeros(2, np.uint16),), np.array([0]), np.array([2**31]))
-    with pytest.raises(ValueError, match=r"task\.separator_id"):
-        Packer(giant, Layout(1, 8), seed=0)
-    Packer(giant, Layout(1, 8, "stream"), seed=0)
+@pytest.mark.parametrize("length, carry", [(2**24 + 1, False), (2**31, True)])
+def test_positions_that_would_not_be_exact_are_refused(length, carry):
+    giant = Corpus((np.zeros(2, np.uint16),), np.array([0]), np.array([length]))
+    with pytest.raises(ValueError, match=rf"{length}.*task\.separator_id.*task\.packing"):
+        Packer(giant, Layout(1, 8, "docs", carry), seed=0)
+    Packer(giant, Layout(2, 8, "stream", carry), seed=0)
