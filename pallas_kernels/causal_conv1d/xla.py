@@ -1,0 +1,141 @@
+"""Depthwise causal convolution as K shifted multiply-adds, which fuse into one pass over x.
+
+The backward is written by hand for CPU, where XLA is slow at what autodiff would give it (a training step of
+[1, 4096, 768] takes 270 ms with autodiff, 340 ms with a grouped convolution, 10 ms with this): the weight gradient
+is summed over blocks of time that stay in cache, and the activation is computed again rather than kept.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+BLOCK = 128  # tokens of one partial sum of the weight gradient
+
+
+def causal_conv1d(
+    x: Float[Array, "B L C"],
+    weight: Float[Array, "K C"],
+    bias: Float[Array, " C"],
+    initial_state: Float[Array, "B K-1 C"],
+    segment_ids: Int[Array, "B L"] | None,
+    activation: str | None,
+) -> tuple[Float[Array, "B L C"], Float[Array, "B K-1 C"]]:
+    """Same contract as ``reference.causal_conv1d``; the state has the dtype of ``x``."""
+    length = x.shape[1]
+    extended, ids = extend(x, initial_state, segment_ids)
+    visible = None if ids is None else _visible_taps(ids, length)
+    y = _convolve(extended, weight, bias, visible, activation)
+    if ids is None:
+        return y, extended[:, length:]
+    y = jnp.where((segment_ids != 0)[..., None], y, 0)
+    return y, _last_rows(extended, ids, segment_ids)
+
+
+def extend(
+    x: Float[Array, "B L C"], tail: Float[Array, "B K-1 C"], segment_ids: Int[Array, "B L"] | None
+) -> tuple[Float[Array, "B L+K-1 C"], Int[Array, "B L+K-1"] | None]:
+    """``x`` behind its past, and the ids of those rows: the tail stands directly before the first real token."""
+    taps_before = tail.shape[1]
+    if segment_ids is None:
+        return jnp.concatenate([tail.astype(x.dtype), x], axis=1), None
+    real = segment_ids != 0
+    x = jnp.pad(jnp.where(real[..., None], x, 0), ((0, 0), (taps_before, 0), (0, 0)))
+    ids = jnp.pad(segment_ids, ((0, 0), (taps_before, 0)))
+    first = jnp.argmax(real, axis=1)  # 0 in a row of padding: the tail passes through
+    first_id = jnp.take_along_axis(segment_ids, first[:, None], axis=1)
+    place = jax.vmap(functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=0))
+    tail_ids = jnp.broadcast_to(first_id, (first.shape[0], taps_before))
+    return place(x, tail.astype(x.dtype), first), place(ids, tail_ids, first)
+
+
+def _visible_taps(ids: jax.Array, length: int) -> jax.Array:
+    """[K, B, L]: whether tap k stands in the same run of equal ids as the current token."""
+    taps = ids.shape[1] - length + 1
+    current = ids[:, taps - 1 :]
+    visible = [current != 0]
+    for k in reversed(range(taps - 1)):
+        visible.append(visible[-1] & (ids[:, k : k + length] == current))
+    return jnp.stack(visible[::-1])
+
+
+def _last_rows(extended: jax.Array, ids: jax.Array, segment_ids: jax.Array) -> jax.Array:
+    """The K-1 rows that end at the last real token, zero where they are of another run."""
+    length = segment_ids.shape[1]
+    size = ids.shape[1] - length
+    end = jnp.max(jnp.where(segment_ids != 0, jnp.arange(length) + 1, 0), axis=1)
+    take = jax.vmap(lambda rows, start: jax.lax.dynamic_slice_in_dim(rows, start, size))
+    rows, row_ids = take(extended, end), take(ids, end)
+    same = jnp.cumprod((row_ids == row_ids[:, -1:])[:, ::-1], axis=1)[:, ::-1]
+    return jnp.where(same[..., None] != 0, rows, 0)
+
+
+def _taps(extended: jax.Array, visible: jax.Array | None, taps: int, length: int, dtype) -> list[jax.Array]:
+    """Inputs under tap k, [B, L, C] each."""
+    shifted = [jax.lax.slice_in_dim(extended, k, k + length, axis=1).astype(dtype) for k in range(taps)]
+    return shifted if visible is None else [jnp.where(v[..., None], s, 0) for v, s in zip(visible, shifted)]
+
+
+def _before_activation(extended, weight, bias, visible):
+    dtype = jnp.promote_types(extended.dtype, jnp.float32)
+    length = extended.shape[1] - weight.shape[0] + 1
+    inputs = _taps(extended, visible, weight.shape[0], length, dtype)
+    return sum((x * w for x, w in zip(inputs, weight.astype(dtype))), bias.astype(dtype))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _convolve(extended, weight, bias, visible, activation):
+    y = _before_activation(extended, weight, bias, visible)
+    return jax.nn.silu(y) if activation == "silu" else y
+
+
+def _forward(extended, weight, bias, visible, activation):
+    return _convolve(extended, weight, bias, visible, activation), (extended, weight, bias, visible)
+
+
+def _backward(activation, residuals, dy):
+    extended, weight, bias, visible = residuals
+    taps, length = weight.shape[0], dy.shape[1]
+    if activation == "silu":
+        before = _before_activation(extended, weight, bias, visible)
+        sigmoid = jax.nn.sigmoid(before)
+        dy = dy * sigmoid * (1 + before * (1 - sigmoid))
+    by_tap = [dy] * taps if visible is None else [jnp.where(v[..., None], dy, 0) for v in visible]
+    d_extended = sum(
+        jnp.pad(d * w, ((0, 0), (k, taps - 1 - k), (0, 0)))
+        for k, (d, w) in enumerate(zip(by_tap, weight.astype(dy.dtype)))
+    )
+    d_weight, d_bias = _weight_gradient(extended, visible, dy, taps)
+    return (
+        jnp.asarray(d_extended, extended.dtype),
+        d_weight.astype(weight.dtype),
+        d_bias.astype(bias.dtype),
+        None,
+    )
+
+
+def _weight_gradient(extended, visible, dy, taps: int) -> tuple[jax.Array, jax.Array]:
+    """d weight [K, C] and d bias [C], summed block by block of time."""
+    length = dy.shape[1]
+    block = min(BLOCK, length)
+    padding = -length % block
+    if padding:
+        extended, dy = (jnp.pad(t, ((0, 0), (0, padding), (0, 0))) for t in (extended, dy))
+        visible = None if visible is None else jnp.pad(visible, ((0, 0), (0, 0), (0, padding)))
+
+    def add_block(sums, start):
+        d = jax.lax.dynamic_slice_in_dim(dy, start, block, axis=1)
+        x = jax.lax.dynamic_slice_in_dim(extended, start, block + taps - 1, axis=1)
+        v = None if visible is None else jax.lax.dynamic_slice_in_dim(visible, start, block, axis=2)
+        partial = [jnp.sum(d * s, axis=(0, 1)) for s in _taps(x, v, taps, block, d.dtype)]
+        return sums + jnp.stack([*partial, jnp.sum(d, axis=(0, 1))]), None
+
+    zero = jnp.zeros((taps + 1, dy.shape[2]), dy.dtype)
+    sums, _ = jax.lax.scan(add_block, zero, jnp.arange(0, length, block))
+    return sums[:taps], sums[taps]
+
+
+_convolve.defvjp(_forward, _backward)
