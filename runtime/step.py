@@ -140,7 +140,7 @@ def accumulate(
         out = _gradient(loss_fn, state.params, rows, mine, jax.random.fold_in(key, index))
         grads = jax.tree.map(jnp.add, grads, out.grads)
         if param_shardings is not None:
-            # Keeps the accumulator split like the parameters: a reduce-scatter a microbatch, no all-reduce.
+            # Else the accumulator, a copy of all parameters, could end up whole on every device.
             grads = jax.lax.with_sharding_constraint(grads, param_shardings)
         carry = jax.tree.map(
             lambda a, x, new: new if a == WHOLE else x.at[index].set(new), axes, carry, out.carry
