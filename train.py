@@ -1,0 +1,364 @@
+"""Train: ``python train.py --config=configs/NAME.py[:ARG] [--config.FIELD=VALUE ...] --workdir=RUN``.
+
+Resumes if RUN holds a checkpoint. From Python: ``train.run(config, workdir)``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags
+from etils import epath
+from ml_collections import config_flags
+
+from configs import overrides
+from configs.base import Experiment
+from eval import language
+from eval.heldout import evaluate
+from models.functional import Functional, parameter_count
+from models.lm import LM
+from models.loss import chunked_cross_entropy
+from runtime import mesh as meshes
+from runtime import run_record
+from runtime.checkpoint import CheckpointError, Checkpoints
+from runtime.clock import Clock, mfu, peak_flops
+from runtime.feed import DataError, Feed, local_rows
+from runtime.optimizer import format_table, group_table, make_optimizer
+from runtime.preemption import Preemption
+from runtime.progress import Progress
+from runtime.restore import ArchitectureError
+from runtime.schedule import update_plateau
+from runtime.state import TrainState, init_state
+from runtime.step import TrainStep, make_train_step, parameter_paths
+from runtime.writers import Writers, open_writers
+from tasks.lm import LMTask
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment: configs/NAME.py[:ARG].")
+WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run, local or gs://.")
+
+
+class ConfigError(ValueError):
+    """A setting cannot work; the message names it."""
+
+
+class NonFiniteError(RuntimeError):
+    """The loss or a gradient is not finite."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """What is fixed before the first step: no array of the run exists yet."""
+
+    config: Experiment
+    mesh: jax.sharding.Mesh
+    model: Functional
+    task: LMTask
+    abstract: TrainState  # shapes with shardings
+    init: Callable[[jax.Array], TrainState]
+    train_step: TrainStep
+    eval_step: Callable[[Any, Any], dict[str, Any]]
+
+
+# ------------------------------------------------------------------------------------------ what is computed
+
+
+def forward(
+    model: Functional, task: LMTask, config: Experiment, params: Any, batch: Any, carry: Any
+) -> tuple[dict[str, Any], Any, jax.Array]:
+    """The task's metrics as (sum, weight), the state carried on, and the sum of squared log-normalisers."""
+    lm = model.bind(params)
+    hidden, carry, _ = lm(
+        batch["tokens"], carry, segment_ids=batch["segment_ids"], positions=batch["positions"]
+    )
+    nll, log_z = chunked_cross_entropy(lm, hidden, batch["targets"], config.model.loss_chunks)
+    return task.metrics({"nll": nll}, batch), carry, jnp.sum(jnp.square(log_z) * batch["weights"])
+
+
+def make_loss(model: Functional, task: LMTask, config: Experiment) -> Callable[..., Any]:
+    """``(params, batch, carry, key) -> ((loss_sum, weight), (carry, metrics))`` for ``make_train_step``."""
+
+    def loss(params: Any, batch: Any, carry: Any, key: jax.Array) -> Any:
+        metrics, carry, square_log_z = forward(model, task, config, params, batch, carry)
+        total, weight = metrics.pop("loss")
+        return (total + config.model.z_loss * square_log_z, weight), (carry, metrics)
+
+    return loss
+
+
+def setup(config: Experiment) -> Setup:
+    """Mesh, data, model, optimizer and compiled functions of an experiment, all abstract.
+
+    Raises:
+        ConfigError: what cannot work: unknown names, sizes that do not divide, missing or too little data.
+    """
+    try:
+        config.validate()
+        mesh = meshes.make_mesh(config.mesh)
+        meshes.check_batch(mesh, config.task.batch_size, config.task.seq_len, config.optim.accumulation)
+        task = LMTask(config.task)
+        if task.vocab_size > config.model.vocab_size:
+            raise ValueError(
+                f"model.vocab_size={config.model.vocab_size}, but task.source has ids up to "
+                f"{task.vocab_size - 1}; set it to at least {task.vocab_size}"
+            )
+        model = Functional.create(lambda rngs: LM(config.model, rngs=rngs))
+        param_shardings = meshes.param_shardings(mesh, model.axes, model.shapes)
+        optim = dataclasses.replace(config.optim, skip_nonfinite=config.train.nonfinite == "skip")
+        tx = make_optimizer(optim, model.roles, model.axes, model.shapes, config.train.steps)
+    except (ValueError, FileNotFoundError) as error:
+        raise ConfigError(str(error)) from error
+
+    lm = model.bind(model.shapes)
+    carries = config.task.carry_state
+    carry_axes = lm.state_batch_axes() if carries else 0
+
+    def init(key: jax.Array) -> TrainState:
+        # A window bounds what attention can carry (Experiment.validate); other mixers ignore max_len.
+        carry = lm.init_state(config.task.batch_size, config.model.attention.window or 1) if carries else None
+        return init_state(model.init(key), tx, optim, carry)
+
+    shapes = jax.eval_shape(init, jax.random.key(0))
+    extras = {"carry": meshes.carry_shardings(mesh, shapes.extras["carry"], carry_axes)} if carries else None
+    shardings = meshes.state_shardings(mesh, tx, shapes, param_shardings, extras)
+    return Setup(
+        config=config,
+        mesh=mesh,
+        model=model,
+        task=task,
+        abstract=jax.tree.map(
+            lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, shardings
+        ),
+        init=jax.jit(init, out_shardings=shardings),
+        train_step=make_train_step(
+            make_loss(model, task, config),
+            tx,
+            optim,
+            config.train.steps,
+            seed=config.train.seed,
+            shardings=shardings,
+            carry_axes=carry_axes,
+        ),
+        eval_step=jax.jit(lambda params, batch: forward(model, task, config, params, batch, None)[0]),
+    )
+
+
+# ------------------------------------------------------------------------------------------------- the loop
+
+
+def run(config: Experiment, workdir: epath.PathLike) -> dict[str, Any]:
+    """Train to ``config.train.steps``, resuming from the newest checkpoint of ``workdir``, and evaluate.
+
+    Returns:
+        The final metrics by name ("validation/bits_per_byte", ...), with "step"; "stopped" names the signal
+        if one ended the run early (its state is saved).
+
+    Raises:
+        ConfigError, ArchitectureError, CheckpointError, DataError, NonFiniteError: each message names the
+            field, file or step. What was saved before stays.
+    """
+    meshes.initialize_distributed(config.distributed)
+    if config.train.compilation_cache:
+        jax.config.update("jax_compilation_cache_dir", config.train.compilation_cache)
+    workdir, clock = epath.Path(workdir), Clock()
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(jax.default_matmul_precision(config.train.matmul_precision))
+        s = setup(config)
+        stack.enter_context(jax.set_mesh(s.mesh))
+        progress = stack.enter_context(Progress(config.train.steps))
+        checkpoints = stack.enter_context(Checkpoints(workdir, config.checkpoint))
+        state, start = restore_or_init(s, checkpoints, workdir, progress)
+        writers = open_writers(workdir, wandb_project=config.train.wandb, config=config.to_json())
+        stack.callback(writers.close)
+        writers.cut(start)
+        loop = Loop(s, checkpoints, writers, progress, clock, workdir)
+        state, stopped = loop.train(state, start)
+        if stopped:
+            return {"step": int(state.step), "stopped": stopped}
+        results = loop.evaluate(state)
+        return language.finish(
+            s.model, s.task, config.train, state.eval_params, results, workdir, progress.note
+        )
+
+
+def restore_or_init(
+    s: Setup, checkpoints: Checkpoints, workdir: epath.Path, progress: Progress
+) -> tuple[TrainState, int]:
+    """The newest state of the run, or a fresh one; tells what changed in the config since the last start."""
+    new, old = s.config.to_json(), run_record.load_config(workdir)
+    count = parameter_count(s.model.shapes)
+    progress.note(f"{s.config.name}: {count / 1e6:.2f} M parameters on {meshes.describe(s.mesh)}")
+    if checkpoints.latest is None:
+        state, start = s.init(jax.random.key(s.config.train.seed)), 0
+    else:
+        state, start = checkpoints.restore(s.abstract)
+        progress.note(f"resuming {workdir} from step {start}")
+        for change in run_record.explain_config_change(old, new) if old else ():
+            progress.note(f"  config changed since the last start: {change}")
+    run_record.save_config(workdir, new)
+    if jax.process_index() == 0:
+        table = group_table(s.config.optim, s.model.roles, s.model.axes, s.model.shapes)
+        (workdir / "parameters.txt").write_text(format_table(table) + "\n")
+    return state, start
+
+
+class Loop:
+    """Steps, evaluations, checkpoints and records of one run."""
+
+    def __init__(
+        self,
+        s: Setup,
+        checkpoints: Checkpoints,
+        writers: Writers,
+        progress: Progress,
+        clock: Clock,
+        workdir: epath.Path,
+    ):
+        self.s, self.checkpoints, self.writers = s, checkpoints, writers
+        self.progress, self.clock, self.workdir = progress, clock, workdir
+        config = s.config
+        self.tokens = config.task.batch_size * config.task.seq_len
+        self.sharding = meshes.batch_sharding(s.mesh)
+        # A backward pass costs twice the forward.
+        self.flops = 3 * s.model.bind(s.model.shapes).flops_per_token(config.task.seq_len) * self.tokens
+        self.peak = peak_flops(jax.devices()[0])
+
+    def train(self, state: TrainState, start: int) -> tuple[TrainState, str]:
+        """The state after the last step, and the signal that ended the run early ("" if none did)."""
+        config, batch_size = self.s.config, self.s.config.task.batch_size
+        data = self.s.task.train(local_rows(self.sharding, batch_size))
+        feed = Feed(data, self.sharding, batch_size, start_step=start, end_step=config.train.steps)
+        pending: Mapping[str, jax.Array] | None = None
+        with feed, Preemption() as preemption:
+            for step in range(start, config.train.steps):
+                with self.clock.measure("data"):
+                    _, batch = next(feed)
+                self._profile(step)
+                with self.clock.measure("compile" if step == start else "step"):
+                    state, metrics = self.s.train_step(state, batch)
+                    if pending is not None:  # the step just dispatched runs on meanwhile
+                        self._settle(step, pending)
+                    elif step == start:
+                        jax.block_until_ready(metrics)
+                done, pending = step + 1, metrics
+                evaluate = config.train.eval_every and done % config.train.eval_every == 0
+                save = config.checkpoint.every and done % config.checkpoint.every == 0
+                stop = preemption.should_stop(done)
+                if evaluate or save or stop or done == config.train.steps:
+                    self._settle(done, pending)  # never save or evaluate a state not known to be finite
+                    pending = None
+                if evaluate and done < config.train.steps:
+                    state = self._plateau(state, self.evaluate(state))
+                if save or stop or done == config.train.steps:
+                    with self.clock.measure("checkpoint"):
+                        self.checkpoints.save(done, state, wait=stop)
+                if stop:
+                    self.progress.note(f"{preemption.reason}: saved step {done} in {self.workdir}, stopping")
+                    return state, preemption.reason
+        return state, ""
+
+    def evaluate(self, state: TrainState) -> dict[str, float]:
+        """Metrics of every held-out set, recorded and shown."""
+        config, results = self.s.config.task, {}
+        size = config.eval_batch_size or config.batch_size
+        with self.clock.measure("eval"):
+            for name, data in self.s.task.eval_sets(local_rows(self.sharding, size)).items():
+                with Feed(data, self.sharding, size, end_step=len(data)) as feed:
+                    means = evaluate(self.s.eval_step, state.eval_params, (batch for _, batch in feed))
+                results |= {f"{name}/{metric}": value for metric, value in means.items()}
+        step = int(state.step)
+        self.writers.write(step, results)
+        shown = "  ".join(f"{metric} {value:.4f}" for metric, value in results.items())
+        self.progress.note(f"step {step}  {shown}")
+        return {"step": step, **results}
+
+    def _settle(self, done: int, metrics: Mapping[str, jax.Array]) -> None:
+        """Fetch the metrics of update ``done``: refuse non-finite ones, record and show the rest."""
+        values = {name: np.asarray(value).item() for name, value in jax.device_get(dict(metrics)).items()}
+        self.clock.count(self.tokens)
+        config = self.s.config.train
+        if not values.pop("finite") and config.nonfinite == "stop":
+            raise self._nonfinite(done - 1, values)
+        parameter = values.pop("nonfinite_parameter")
+        if parameter >= 0:
+            path = parameter_paths(self.s.model.shapes)[parameter]
+            self.progress.note(f"step {done - 1}: update left out, the gradient of {path} is not finite")
+        rate = self.clock.tokens_per_second()
+        speed = {
+            "tokens_per_second": rate,
+            "mfu": mfu(rate and rate / self.tokens * self.flops, self.s.mesh.size, self.peak),
+        }
+        shown = {"loss": values["loss"], "bpb": values.get("bits_per_byte"), **speed}
+        self.progress.update(done, {**shown, "eta": self.clock.eta(config.steps - done)})
+        if done % config.log_every == 0 or done == config.steps:
+            record = {f"train/{name}": value for name, value in values.items()}
+            record |= {f"speed/{name}": value for name, value in speed.items() if value is not None}
+            record |= {f"seconds/{name}": round(value, 3) for name, value in self.clock.seconds().items()}
+            self.writers.write(done, record)
+
+    def _nonfinite(self, step: int, values: Mapping[str, Any]) -> NonFiniteError:
+        self.checkpoints.wait()
+        index, saved = values["nonfinite_parameter"], self.checkpoints.latest
+        paths = parameter_paths(self.s.model.shapes)
+        where = (
+            f"the first parameter with a non-finite gradient is {paths[index]}"
+            if index >= 0
+            else "gradients are finite"
+        )
+        last = (
+            f"the last good checkpoint is step {saved}"
+            if saved is not None
+            else "no checkpoint was saved before"
+        )
+        return NonFiniteError(
+            f"step {step}: loss {values['loss']}; {where}; {last} in {self.workdir}. "
+            "Lower optim.lr, set optim.clip_norm, or leave such updates out with train.nonfinite='skip'"
+        )
+
+    def _plateau(self, state: TrainState, results: Mapping[str, float]) -> TrainState:
+        if "plateau" not in state.extras:
+            return state
+        controller = update_plateau(
+            state.extras["plateau"], results["validation/loss"], self.s.config.optim.schedule.plateau
+        )
+        sharding = self.s.abstract.step.sharding
+        return state.replace(extras={**state.extras, "plateau": jax.device_put(controller, sharding)})
+
+    def _profile(self, step: int) -> None:
+        config = self.s.config.train
+        if config.profile_steps and step == config.profile_at:
+            jax.profiler.start_trace(str(self.workdir / "profile"))
+        if config.profile_steps and step == config.profile_at + config.profile_steps:
+            jax.profiler.stop_trace()
+
+
+# ------------------------------------------------------------------------------------------------ the program
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected argument {argv[1]!r}; settings are --config.FIELD=VALUE")
+    try:
+        run(CONFIG.value, WORKDIR.value)
+    except (ConfigError, ArchitectureError, CheckpointError, DataError, NonFiniteError) as error:
+        sys.exit(f"{type(error).__name__}: {error}")
+
+
+def parse_flags(argv: list[str]) -> list[str]:
+    """absl's parser, with unknown config fields explained."""
+    try:
+        overrides.check(argv)
+    except (ValueError, FileNotFoundError) as error:
+        sys.exit(f"{type(error).__name__}: {error}")
+    return flags.FLAGS(argv)
+
+
+if __name__ == "__main__":
+    flags.mark_flags_as_required(["config", "workdir"])
+    app.run(main, flags_parser=parse_flags)
