@@ -7,7 +7,7 @@ attention, P head dim of an SSM, N state size, G groups, C channels, W convoluti
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Protocol, Self, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -54,7 +54,7 @@ class Context:
         previous_segment: Int[Array, " B"] | None = None,
         previous_position: Int[Array, " B"] | None = None,
         **static: Any,
-    ) -> Self:
+    ) -> Context:
         """Canonical context of a piece of ``length`` tokens.
 
         Args:
