@@ -31,6 +31,8 @@ RULES: dict[str, str | None] = {
     # Splitting the rows of the embedding table would make XLA gather the table, or all activations.
     "vocab": None,
     "positions": None,
+    # B and C of an SSM: small, and usually fewer groups than devices to share them.
+    "groups": None,
     "layers": None,
     "experts": None,
     "norm": None,

@@ -52,14 +52,16 @@ def init_state(
     Args:
         carry: what ``loss_fn`` takes and returns beside the loss, None for nothing.
     """
+    # Moments and average are float32 under bfloat16 parameters too. A copy even where the dtype is float32
+    # already: the step donates both.
+    wide = jax.tree.map(lambda p: jnp.array(p, jnp.promote_types(p.dtype, jnp.float32)), params)
     extras: dict[str, PyTree] = {}
     if config.ema_decay is not None:
-        # A copy even where the dtype is float32 already: the step donates both.
-        extras["ema"] = jax.tree.map(lambda p: jnp.array(p, jnp.promote_types(p.dtype, jnp.float32)), params)
+        extras["ema"] = wide
     if config.schedule.kind == "plateau":
         extras["plateau"] = init_plateau()
     if config.skip_nonfinite:
         extras["skipped"] = jnp.zeros((), jnp.int32)
     if carry is not None:
         extras["carry"] = carry
-    return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), extras)
+    return TrainState(jnp.zeros((), jnp.int32), params, tx.init(wide), extras)

@@ -1,5 +1,6 @@
 """Mesh shapes, the rules table, shardings of the train state, and messages that name what does not fit."""
 
+import dataclasses
 import re
 
 import jax
@@ -181,3 +182,24 @@ def test_distributed_is_off_by_default_and_names_missing_fields():
     for config in (DistributedConfig(num_processes=2, process_id=0), DistributedConfig(coordinator="host:1")):
         with pytest.raises(ValueError, match=r"distributed\.coordinator="):
             initialize_distributed(config)
+
+
+@dataclasses.dataclass(frozen=True)
+class SliceDevice:
+    """As much of a device as the layout of a mesh looks at."""
+
+    id: int
+    slice_index: int
+    platform: str = "gpu"
+    device_kind: str = "any"
+    process_index: int = 0
+
+
+def test_data_axis_is_laid_across_slices():
+    devices = [SliceDevice(id=i, slice_index=i % 2) for i in range(8)]
+    mesh = make_mesh(MeshConfig(data=-1, fsdp=2), devices)
+    assert dict(mesh.shape) == {"data": 4, "fsdp": 2, "tensor": 1, "sequence": 1}
+    slices = [{d.slice_index for d in row.flat} for row in mesh.devices]
+    assert slices == [{0}, {0}, {1}, {1}]
+    with pytest.raises(ValueError, match="mesh.data=1 must be a multiple of the number of slices, 2"):
+        make_mesh(MeshConfig(data=1, fsdp=-1), devices)

@@ -25,7 +25,10 @@ def values(config, total, steps):
         (ScheduleConfig("plateau", warmup_steps=4), [0.25, 1.0, 1.0, 1.0, 1.0]),
         (ScheduleConfig("linear", warmup_steps=4), [0.25, 1.0, 48 / 96, 10 / 96, 0.0]),
         (ScheduleConfig("linear", warmup_steps=4, end_factor=0.5), [0.25, 1.0, 0.75, 0.5 + 5 / 96, 0.5]),
-        (ScheduleConfig("cosine", warmup_fraction=0.04), [0.25, 1.0, 0.5, (1 + np.cos(np.pi * 86 / 96)) / 2, 0]),
+        (
+            ScheduleConfig("cosine", warmup_fraction=0.04),
+            [0.25, 1.0, 0.5, (1 + np.cos(np.pi * 86 / 96)) / 2, 0],
+        ),
         (ScheduleConfig("wsd", warmup_steps=4, decay_fraction=0.2), [0.25, 1.0, 1.0, 0.5, 0.0]),
     ],
 )

@@ -164,14 +164,19 @@ def test_accumulated_gradient_is_the_gradient_of_the_whole_batch(microbatches):
     assert all(g.dtype == jnp.float32 for g in jax.tree.leaves(parts.grads))
 
 
-def test_gradient_accumulator_is_float32_for_bfloat16_parameters():
+def test_bfloat16_parameters_have_float32_gradients_moments_and_average():
     def params():
         return jax.tree.map(lambda p: p.astype(jnp.bfloat16), init_params())
 
-    state, _ = setup(params=params)
+    state, step = setup(OptimConfig(name="muon", accumulation=2, ema_decay=0.9), params=params)
     gradient = functools.partial(accumulate, loss_fn, microbatches=2)
     total = jax.eval_shape(gradient, state, make_batch(), key=jax.random.key(0))
     assert all(g.dtype == jnp.float32 for g in jax.tree.leaves(total.grads))
+    new, _ = jax.eval_shape(step, state, make_batch())
+    assert jax.tree.map(lambda x: x.dtype, new) == jax.tree.map(lambda x: x.dtype, state)
+    assert {x.dtype for x in jax.tree.leaves(state.params)} == {jnp.dtype(jnp.bfloat16)}
+    moments = jax.tree.leaves((state.opt_state, state.extras["ema"]))
+    assert {x.dtype for x in moments if x.ndim > 1} == {jnp.dtype(jnp.float32)}
 
 
 def test_accumulation_that_does_not_divide_the_batch():
