@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from etils import epath
 
-REMOTE_FLUSH = 30.0  # seconds between rewrites of a log on a store that cannot append
+REWRITE_EVERY = 30.0  # seconds between rewrites of a log on a store that cannot append
 
 
 @runtime_checkable
@@ -101,13 +101,18 @@ def to_json(value: Any) -> Any:
 class JsonlWriter:
     """One line a record: ``{"step": 20, "time": 1760000000.0, "loss": 2.5, ...}``; flushed at once.
 
-    On ``gs://``, where files cannot grow, the whole file is rewritten at most every 30 seconds.
+    Where files cannot grow, the whole file is rewritten instead, at most every 30 seconds.
     """
 
-    def __init__(self, path: epath.PathLike):
+    def __init__(self, path: epath.PathLike, *, append: bool | None = None):
+        """
+        Args:
+            path: local or ``gs://``.
+            append: whether the file can grow; None: unless it is remote.
+        """
         self.path = epath.Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._remote = "://" in str(path)
+        self._append = "://" not in str(path) if append is None else append
         self._flushed = time.monotonic()
         self._file: Any = None
         self._open()
@@ -116,13 +121,13 @@ class JsonlWriter:
         """Appends a record; ``time`` is in seconds since 1970."""
         record = {"step": int(step), "time": round(time.time(), 3), **to_json(values)}
         line = json.dumps(record, allow_nan=False) + "\n"
-        if self._remote:
-            self._lines.append(line)
-            if time.monotonic() - self._flushed > REMOTE_FLUSH:
-                self._rewrite()
-        else:
+        if self._append:
             self._file.write(line)
             self._file.flush()
+        else:
+            self._lines.append(line)
+            if time.monotonic() - self._flushed > REWRITE_EVERY:
+                self._rewrite()
 
     def cut(self, step: int) -> None:
         """Moves records after ``step``, and a line that a kill left half-written, to metrics.cutN.jsonl."""
@@ -143,17 +148,17 @@ class JsonlWriter:
 
     def close(self) -> None:
         """Writes what is still held back."""
-        if self._remote:
-            self._rewrite()
-        else:
+        if self._append:
             self._file.close()
+        else:
+            self._rewrite()
 
     def _open(self) -> None:
-        if self._remote:
+        if self._append:
+            self._file = self.path.open("a")
+        else:
             text = self.path.read_text() if self.path.exists() else ""
             self._lines = text.splitlines(keepends=True)
-        else:
-            self._file = self.path.open("a")
 
     def _rewrite(self) -> None:
         self.path.write_text("".join(self._lines))

@@ -58,6 +58,23 @@ def test_jsonl_is_flushed_and_appended(tmp_path):
     assert list(record) == ["step", "time", "loss"] and record["loss"] == 2.0
 
 
+def test_jsonl_where_files_cannot_grow(tmp_path, monkeypatch):
+    path = tmp_path / "metrics.jsonl"
+    for step in (1, 2):
+        writer = JsonlWriter(path, append=False)
+        writer.write(step, {"loss": 1.0})
+        writer.close()
+    assert [r["step"] for r in read(path)] == [1, 2]
+    writer = JsonlWriter(path, append=False)
+    writer.cut(1)
+    writer.write(5, {})
+    assert [r["step"] for r in read(path)] == [1], "held back"
+    monkeypatch.setattr("runtime.writers.REWRITE_EVERY", 0.0)
+    writer.write(6, {})
+    assert [r["step"] for r in read(path)] == [1, 5, 6]
+    writer.close()
+
+
 def test_cut_moves_later_records_aside(tmp_path):
     path = tmp_path / "metrics.jsonl"
     writer = JsonlWriter(path)
