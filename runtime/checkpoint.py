@@ -6,6 +6,7 @@ order.
 """
 
 # No ``from __future__ import annotations`` here: command-line overrides read the field types at run time.
+import contextlib
 import dataclasses
 import logging
 import shutil
@@ -38,7 +39,7 @@ class CheckpointConfig:
 
     Attributes:
         every: steps between saves; 0 saves only when asked to.
-        keep_last: how many of the newest checkpoints to keep, at least 1.
+        keep_last: how many of the newest checkpoints to keep, at least 1; there is one more while saving.
         keep_every: also keep every checkpoint whose step is a multiple of this; 0 for none.
         async_: write in the background; False waits for each save.
     """
@@ -190,15 +191,15 @@ class Checkpoints:
                 path.rmtree()
 
     def _save_error(self, step: int, cause: Exception) -> CheckpointError:
-        try:
-            if jax.process_index() == 0:
-                self._remove_unfinished()  # the half-written files may be what fills the disk
+        """Describes a failed save, and removes its half-written files: they may be what fills the disk."""
+        free = "unknown"
+        with contextlib.suppress(OSError):
             free = f"{shutil.disk_usage(self.directory).free / 1e9:.3f} GB"
-        except OSError:
-            free = "unknown"
+            if jax.process_index() == 0:
+                self._remove_unfinished()
         return CheckpointError(
             f"the checkpoint of step {step} was not saved to {self.path(step)}: {brief(cause)}. "
-            f"Free space there now: {free}. Earlier checkpoints are intact: {self.steps()}. Make "
+            f"Free space when it failed: {free}. Earlier checkpoints are intact: {self.steps()}. Make "
             "room (a lower checkpoint.keep_last keeps fewer), or use another workdir"
         )
 
