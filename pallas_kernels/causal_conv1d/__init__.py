@@ -29,24 +29,24 @@ def causal_conv1d(
 
     Args:
         x: raw inputs; products accumulate in float32 or wider.
-        initial_state: the K-1 inputs before the first real token, newest last, of whose segment they are; zero when
-            None.
-        segment_ids: 0 is padding: its output is 0, and it is neither read nor remembered. Any other change of id
-            hides what came before it. The real tokens of one segment are contiguous. None means no padding and no
-            resets (and no masks).
+        initial_state: the K-1 inputs before the first real token, newest last, of whose segment they are;
+            zero when None.
+        segment_ids: 0 is padding: its output is 0, and it is neither read nor remembered. Any other change
+            of id hides what came before it. The real tokens of one segment are contiguous. None means no
+            padding and no resets (and no masks).
         activation: None or "silu".
         implementation: "reference", "xla", or None to choose.
 
-    Under an active mesh (``spmd.active_mesh``) batch is split over (data, fsdp), channels over tensor, time over
-    sequence, with one permute of K-1 rows a call.
+    Under an active mesh (``spmd.active_mesh``) batch is split over (data, fsdp), channels over tensor, time
+    over sequence, with one permute of K-1 rows a call.
 
     Returns:
-        y in the dtype of ``x``; the last K-1 raw inputs of the last real token's segment, newest last, in the dtype of
-        ``initial_state`` (of ``x`` when None). Both are differentiable in every float input.
+        y in the dtype of ``x``; the last K-1 raw inputs of the last real token's segment, newest last, in
+        the dtype of ``initial_state`` (of ``x`` when None). Both are differentiable in every float input.
 
     Raises:
-        ValueError: shapes that do not fit together; 2^31 elements of ``x`` or more on one device; an unknown activation
-            or implementation.
+        ValueError: shapes that do not fit together; 2^31 elements of ``x`` or more on one device; an
+            unknown activation or implementation.
     """
     _check(x, weight, bias, initial_state, segment_ids, activation)
     run = resolve("causal_conv1d", implementation, IMPLEMENTATIONS)
@@ -54,8 +54,8 @@ def causal_conv1d(
     def local(x, weight, bias, state, segment_ids):
         if x.size > MAX_ELEMENTS:
             raise ValueError(
-                f"causal_conv1d: x has {x.size} elements on one device, more than 2^31 - 1; feed the sequence in "
-                "pieces with initial_state, or shard it."
+                f"causal_conv1d: x has {x.size} elements on one device, more than 2^31 - 1; feed the "
+                "sequence in pieces with initial_state, or shard it."
             )
         y, state = run(x, weight, bias, state, segment_ids, activation)
         return y.astype(x.dtype), state.astype(x.dtype)
@@ -80,7 +80,9 @@ def _check(x, weight, bias, initial_state, segment_ids, activation) -> None:
     _check_shape("weight", weight, "[K, C] with C of x", (None, channels))
     width = weight.shape[0]
     if width < 1:
-        raise ValueError(f"causal_conv1d: weight has shape {weight.shape}; expected at least one tap (K >= 1).")
+        raise ValueError(
+            f"causal_conv1d: weight has shape {weight.shape}; expected at least one tap (K >= 1)."
+        )
     if bias is not None:
         _check_shape("bias", bias, "[C] of x", (channels,))
     if initial_state is not None:

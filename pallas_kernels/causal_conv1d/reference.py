@@ -1,4 +1,4 @@
-"""The truth for the depthwise causal convolution: a window of the last K inputs, moved one token at a time."""
+"""The truth for the depthwise causal convolution: a window of K inputs, moved one token at a time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The convolution on a device mesh: one manual ``shard_map``, and one permute of K-1 rows when time is sharded."""
+"""The convolution on a device mesh: one manual ``shard_map``, one permute when time is sharded."""
 
 from __future__ import annotations
 
@@ -34,7 +34,8 @@ def causal_conv1d(
     if time is not None and length // mesh.shape[spmd.SEQUENCE] < taps_before:
         time = None
     shard_length = length // mesh.shape[spmd.SEQUENCE] if time is not None else length
-    # First and last real token of each row; 0 and 0 in a row of padding, whose state the first shard passes on.
+    # First and last real token of each row; 0 and 0 in a row of padding, whose state the first shard passes
+    # on.
     if segment_ids is None:
         first, last = jnp.zeros((2, x.shape[0]), jnp.int32).at[1].set(length - 1)
     else:
@@ -68,14 +69,16 @@ def causal_conv1d(
 def _past(x, state, segment_ids, starts_here) -> jax.Array:
     """The K-1 rows before this shard's first real token, [B, K-1, C].
 
-    In the shard of the row's first real token they are the incoming state. Elsewhere they are the last rows of the
-    shard before, as far as they are of the segment this shard begins with.
+    In the shard of the row's first real token they are the incoming state. Elsewhere they are the last rows
+    of the shard before, as far as they are of the segment this shard begins with.
     """
     state = jnp.where(starts_here[:, None, None], state.astype(x.dtype), 0)
     rows, ids = xla.extend(x, state, segment_ids)
     halo = rows[:, x.shape[1] :]
     if ids is not None:  # ids travel with the rows, as halves: both fit any float of 16 mantissa bits or more
-        halo = jnp.concatenate([halo.astype(jnp.promote_types(x.dtype, jnp.float32)), _halves(ids[:, x.shape[1] :])], -1)
+        halo = jnp.concatenate(
+            [halo.astype(jnp.promote_types(x.dtype, jnp.float32)), _halves(ids[:, x.shape[1] :])], -1
+        )
     size = jax.lax.axis_size(spmd.SEQUENCE)
     halo = jax.lax.ppermute(halo, spmd.SEQUENCE, [(i, i + 1) for i in range(size - 1)])
     if ids is not None:

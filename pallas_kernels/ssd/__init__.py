@@ -1,4 +1,4 @@
-"""SSD, the recurrence of Mamba-2: scalar decay per head, outer-product writes (Dao & Gu 2024, arXiv:2405.21060)."""
+"""SSD, the recurrence of Mamba-2: a scalar decay per head (Dao & Gu 2024, arXiv:2405.21060)."""
 
 from __future__ import annotations
 
@@ -85,10 +85,10 @@ def ssd_core(
         u: dt * x. log_decay: dt * A, at most 0; any size below 0 is safe.
         B, C: projections of each group of H/G contiguous heads.
         initial_state: state before the first real token, of whose segment it is; zero when None.
-        segment_ids: 0 is padding: it writes nothing, its output is 0, and the state passes it unchanged. Any other
-            change of id resets the state. None means no padding and no resets (and no masks).
-        chunk_size: tokens worked on at once; changes speed only. None takes 128 for N >= 128 and 64 below, the
-            fastest on CPU for a training step (64, 128, 256 measured).
+        segment_ids: 0 is padding: it writes nothing, its output is 0, and the state passes it unchanged.
+            Any other change of id resets the state. None means no padding and no resets (and no masks).
+        chunk_size: tokens worked on at once; changes speed only. None takes 128 for N >= 128 and 64 below,
+            the fastest on CPU for a training step (64, 128, 256 measured).
         implementation: "reference", "xla", or None to choose.
 
     Under an active mesh (``spmd.active_mesh``) batch is split over (data, fsdp), heads over tensor, time over
@@ -99,8 +99,8 @@ def ssd_core(
         wider. Both are differentiable in every float input.
 
     Raises:
-        ValueError: shapes that do not fit together; heads and groups that do not split over the mesh; an array
-            of 2^31 elements or more on one device; an unknown implementation.
+        ValueError: shapes that do not fit together; heads and groups that do not split over the mesh; an
+            array of 2^31 elements or more on one device; an unknown implementation.
     """
     _check_core(u, log_decay, B, C, initial_state, segment_ids)
     dtype = jnp.promote_types(jnp.result_type(u, log_decay), jnp.float32)
@@ -163,6 +163,6 @@ def _check_size(u: jax.Array, B: jax.Array, chunk: int) -> None:
     for name, size in (("u", u.size), ("B", B.size), ("the chunk states", states)):
         if size > MAX_ELEMENTS:
             raise ValueError(
-                f"ssd: {name} would have {size} elements on one device, more than 2^31 - 1. Feed the sequence in "
-                "pieces with initial_state, shard it, or (for the chunk states) use a larger chunk_size."
+                f"ssd: {name} would have {size} elements on one device, more than 2^31 - 1. Feed the "
+                "sequence in pieces with initial_state, or shard it; for chunk states, raise chunk_size."
             )

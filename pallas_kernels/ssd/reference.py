@@ -1,4 +1,4 @@
-"""The truth for SSD: the recurrence of Mamba-2 (Dao & Gu 2024, arXiv:2405.21060, eq. 16), one token at a time."""
+"""The truth for SSD: the recurrence of Mamba-2 (arXiv:2405.21060), one token at a time."""
 
 from __future__ import annotations
 

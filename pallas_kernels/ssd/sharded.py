@@ -1,8 +1,8 @@
 """SSD on a device mesh: one manual ``shard_map``, and one all-gather when time is sharded.
 
-A shard of time acts on the state that enters it as S_out = e^(total) S_in + S_own. Every device computes its own
-(total, S_own) with one matrix product, gathers everybody's, and combines them: the shards before it give the state
-its tokens start from, all of them give the final state, so nothing has to be sent twice.
+A shard of time acts on the state that enters it as S_out = e^(total) S_in + S_own. Every device computes
+its own (total, S_own) with one matrix product, gathers everybody's, and combines them: the shards before it
+give the state its tokens start from, all of them give the final state, so nothing has to be sent twice.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ def ssd_core(
     A mesh axis whose size does not divide its dimension is left replicated.
 
     Raises:
-        ValueError: the tensor axis splits the heads, but neither do its parts divide the groups nor the reverse.
+        ValueError: the tensor axis splits the heads, but neither do its parts divide the groups nor the
+        reverse.
     """
     batch = spmd.axes_dividing(mesh, spmd.BATCH, u.shape[0])
     time = spmd.axes_dividing(mesh, spmd.SEQUENCE, u.shape[1])
@@ -42,8 +43,8 @@ def ssd_core(
     pick_group = heads is not None and groups is None
     if pick_group and mesh.shape[spmd.TENSOR] % B.shape[2]:
         raise ValueError(
-            f"ssd: {B.shape[2]} groups (n_groups) over a tensor axis of {mesh.shape[spmd.TENSOR]} devices; one must "
-            "be a multiple of the other."
+            f"ssd: {B.shape[2]} groups (n_groups) over a tensor axis of {mesh.shape[spmd.TENSOR]} devices; "
+            "one must be a multiple of the other."
         )
     by_token = PartitionSpec(batch, time)
     by_head = PartitionSpec(batch, time, heads)
@@ -101,7 +102,7 @@ def _carries(u, log_decay, B, state, segment_ids) -> tuple[jax.Array, jax.Array]
 
 
 def _summary(u, log_decay, B, segment_ids) -> tuple[jax.Array, jax.Array]:
-    """Total log decay [B, H] (-inf across a reset) and the state written by these tokens alone [B, H, P, N]."""
+    """Total log decay [B, H] (-inf across a reset) and the state of these tokens alone [B, H, P, N]."""
     batch, length, heads, headdim = u.shape
     groups, d_state = B.shape[2:]
     dtype = log_decay.dtype

@@ -1,19 +1,21 @@
 """SSD as a scan over chunks of matrix products, with its own backward (arXiv:2405.21060, section 6).
 
-Within a chunk, with alpha the inclusive cumulative sum of log decays, R the state at its start and R' at its end:
+Within a chunk, with alpha the inclusive cumulative sum of log decays, R the state at its start and R' at
+its end:
 
     y_i = sum_{j<=i} (C_i . B_j) e^(alpha_i - alpha_j) u_j + e^(alpha_i) R C_i
     R'  = e^(alpha_Q) R + sum_j e^(alpha_Q - alpha_j) u_j B_j^T
 
-Only inputs, y and the chunk-start states are kept for the backward; scores are computed again. The decays' gradient
-needs no [Q, Q] sums: alpha_i multiplies everything token i reads and divides everything it writes, so
+Only inputs, y and the chunk-start states are kept for the backward; scores are computed again. The decays'
+gradient needs no [Q, Q] sums: alpha_i multiplies everything token i reads and divides everything it writes,
+so
 
     d alpha_i = <dy_i, y_i> - <u_i, du_i>,  and at the end of the chunk + <dR', R'>.
 
-Written for the way XLA compiles for CPU (and no worse elsewhere): one chunk at a time keeps the scores in cache; all
-heads of a group share one matrix product with B or C (the state is held as [B, G, N, K*P], K heads a group); and sums
-inside the loop are products with ones or a triangle, because there XLA computes reductions, and an ``exp`` fused
-with the slicing of the loop's inputs, one scalar at a time.
+Written for the way XLA compiles for CPU (and no worse elsewhere): one chunk at a time keeps the scores in
+cache; all heads of a group share one matrix product with B or C (the state is held as [B, G, N, K*P], K
+heads a group); and sums inside the loop are products with ones or a triangle, because there XLA computes
+reductions, and an ``exp`` fused with the slicing of the loop's inputs, one scalar at a time.
 """
 
 from __future__ import annotations
@@ -25,8 +27,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-Chunk = tuple[jax.Array, ...]
-
 
 def ssd_core(
     u: Float[Array, "B L H P"],
@@ -37,13 +37,14 @@ def ssd_core(
     runs: Int[Array, "B L"] | None,
     chunk_size: int,
 ) -> tuple[Float[Array, "B L H P"], Float[Array, "B H P N"]]:
-    """Same contract as ``reference.ssd_core``; any L (padded to whole chunks with decay 1 and nothing written)."""
+    """Same contract as ``reference.ssd_core``; any L (padded to whole chunks with tokens that do nothing)."""
     length, dtype = u.shape[1], initial_state.dtype
     if length == 1:
         return _one_step(u, log_decay, B, C, initial_state)
     operand = jnp.result_type(u, B, C)
     u, B, C = (t.astype(operand) for t in (u, B, C))
-    # Below the smallest normal number a decay is zero; the bound keeps cumulative sums precise behind such a token.
+    # Below the smallest normal number a decay is zero; the bound keeps cumulative sums precise behind such
+    # a token.
     log_decay = jnp.maximum(log_decay.astype(dtype), jnp.log(jnp.finfo(dtype).tiny))
     chunk = min(chunk_size, length)
     padding = -length % chunk
@@ -82,9 +83,9 @@ def _one_step(u, log_decay, B, C, state):
 
 
 class _Decays(NamedTuple):
-    """Decays of one chunk: within it [B, G, K, Q, Q], from its start and to its end [B, G, Q, K*P], through it."""
+    """Decays of one chunk; from its start and to its end they are [B, G, Q, K*P]."""
 
-    within: jax.Array  # e^(alpha_i - alpha_j), zero for j > i or across a reset
+    within: jax.Array  # e^(alpha_i - alpha_j) [B, G, K, Q, Q], zero for j > i or across a reset
     from_start: jax.Array
     to_end: jax.Array
     through: jax.Array  # [B, G, 1, K*P]
@@ -109,10 +110,14 @@ def _decays(log_decay, runs, run_before, headdim: int, groups: int, transpose: b
     within = jnp.exp(jnp.where(visible, column - row if transpose else row - column, -jnp.inf))
 
     def over_channels(t):  # [B, G, K, Q] -> [B, G, Q, K*P]
-        t = jnp.broadcast_to(jnp.exp(t).swapaxes(2, 3)[..., None], (*t.shape[:2], t.shape[3], per_group, headdim))
+        t = jnp.broadcast_to(
+            jnp.exp(t).swapaxes(2, 3)[..., None], (*t.shape[:2], t.shape[3], per_group, headdim)
+        )
         return t.reshape(*t.shape[:3], -1)
 
-    return _Decays(within, over_channels(from_start), over_channels(to_end), over_channels(through[..., None]))
+    return _Decays(
+        within, over_channels(from_start), over_channels(to_end), over_channels(through[..., None])
+    )
 
 
 def _matmul(spec: str, x: jax.Array, y: jax.Array, like: jax.Array) -> jax.Array:
@@ -147,7 +152,7 @@ def _join(t: jax.Array) -> jax.Array:
 
 
 def _chunks(u, log_decay, B, C, runs, chunk: int) -> tuple:
-    """The scanned inputs: u [B, Q, G, K, P], log_decay [B, Q, H], B and C [B, Q, G, N], runs and the run before."""
+    """What is scanned over: u [B, Q, G, K, P], log_decay [B, Q, H], B, C [B, Q, G, N], runs, run before."""
     grouped = u.reshape(*u.shape[:2], B.shape[2], -1, u.shape[-1])
     split = tuple(_split(t, chunk) for t in (grouped, log_decay, B, C))
     if runs is None:
@@ -213,7 +218,12 @@ def _backward(chunk, residuals, cotangents):
     d_alpha = jnp.sum(dy * y - u * du, axis=-1).reshape(batch, -1, chunk, heads)
     causal = jnp.tril(jnp.ones((chunk, chunk), d_alpha.dtype))
     d_log_decay = jnp.einsum("bcsh,sq->bcqh", d_alpha, causal, precision="highest") + at_end[:, :, None]
-    like_input = (du.astype(u.dtype), d_log_decay.reshape(log_decay.shape), dB.astype(B.dtype), dC.astype(C.dtype))
+    like_input = (
+        du.astype(u.dtype),
+        d_log_decay.reshape(log_decay.shape),
+        dB.astype(B.dtype),
+        dC.astype(C.dtype),
+    )
     return (*like_input, d_state, None)
 
 
