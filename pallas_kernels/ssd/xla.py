@@ -51,8 +51,9 @@ def ssd_core(
     if padding:
         u, log_decay, B, C = (_pad_time(t, padding) for t in (u, log_decay, B, C))
         runs = None if runs is None else _pad_time(runs, padding, mode="edge")
+    resets = None if runs is None else (jnp.diff(runs, axis=1, prepend=0) != 0).astype(dtype)
     state = _to_group_layout(initial_state, B.shape[2])
-    y, state = _chunk_scan(u, log_decay, B, C, state, runs, chunk)
+    y, state = _chunk_scan(u, log_decay, B, C, state, resets, chunk)
     return y[:, :length], _from_group_layout(state, initial_state.shape)
 
 
@@ -91,7 +92,7 @@ class _Decays(NamedTuple):
     through: jax.Array  # [B, G, 1, K*P]
 
 
-def _decays(log_decay, runs, run_before, headdim: int, groups: int, transpose: bool) -> _Decays:
+def _decays(log_decay, resets, headdim: int, groups: int, transpose: bool) -> _Decays:
     """``transpose`` gives ``within`` as [.., j, i]. Masks stand before every ``exp``."""
     batch, chunk, heads = log_decay.shape
     per_group = heads // groups
@@ -101,12 +102,13 @@ def _decays(log_decay, runs, run_before, headdim: int, groups: int, transpose: b
     row, column = alpha[..., :, None], alpha[..., None, :]
     visible = causal.T > 0 if transpose else causal > 0
     from_start, to_end, through = alpha, alpha[..., -1:] - alpha, alpha[..., -1]
-    if runs is not None:
+    if resets is not None:
+        runs = jnp.einsum("bs,qs->bq", resets, causal, precision="highest")  # resets so far in this chunk
         visible = (visible & (runs[:, :, None] == runs[:, None, :]))[:, None, None]
-        continues, last = run_before[:, None], runs[:, -1:]
-        from_start = jnp.where((runs == continues)[:, None, None], from_start, -jnp.inf)
+        last = runs[:, -1:]
+        from_start = jnp.where((runs == 0)[:, None, None], from_start, -jnp.inf)
         to_end = jnp.where((runs == last)[:, None, None], to_end, -jnp.inf)
-        through = jnp.where((last == continues)[:, None], through, -jnp.inf)
+        through = jnp.where((last == 0)[:, None], through, -jnp.inf)
     within = jnp.exp(jnp.where(visible, column - row if transpose else row - column, -jnp.inf))
 
     def over_channels(t):  # [B, G, K, Q] -> [B, G, Q, K*P]
@@ -151,27 +153,22 @@ def _join(t: jax.Array) -> jax.Array:
     return jnp.moveaxis(t, 0, 1).reshape(t.shape[1], -1, *t.shape[3:])
 
 
-def _chunks(u, log_decay, B, C, runs, chunk: int) -> tuple:
-    """What is scanned over: u [B, Q, G, K, P], log_decay [B, Q, H], B, C [B, Q, G, N], runs, run before."""
+def _chunks(u, log_decay, B, C, resets, chunk: int) -> tuple:
+    """What is scanned over: u [B, Q, G, K, P], log_decay [B, Q, H], B and C [B, Q, G, N], resets [B, Q]."""
     grouped = u.reshape(*u.shape[:2], B.shape[2], -1, u.shape[-1])
-    split = tuple(_split(t, chunk) for t in (grouped, log_decay, B, C))
-    if runs is None:
-        return (*split, None, None)
-    runs = _split(runs, chunk)
-    before = jnp.concatenate([jnp.zeros_like(runs[:1, :, -1]), runs[:-1, :, -1]])
-    return (*split, runs, before)
+    return jax.tree.map(lambda t: _split(t, chunk), (grouped, log_decay, B, C, resets))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
-def _chunk_scan(u, log_decay, B, C, state, runs, chunk):
+def _chunk_scan(u, log_decay, B, C, state, resets, chunk):
     """State in group layout; u, B, C of one operand dtype; y and state float32 or wider."""
-    return _forward(u, log_decay, B, C, state, runs, chunk)[0]
+    return _forward(u, log_decay, B, C, state, resets, chunk)[0]
 
 
-def _forward(u, log_decay, B, C, state, runs, chunk):
+def _forward(u, log_decay, B, C, state, resets, chunk):
     def step(R, xs):
-        u, log_decay, B, C, runs, run_before = xs
-        decay = _decays(log_decay, runs, run_before, u.shape[-1], B.shape[2], transpose=False)
+        u, log_decay, B, C, resets = xs
+        decay = _decays(log_decay, resets, u.shape[-1], B.shape[2], transpose=False)
         B, C = B.swapaxes(1, 2), C.swapaxes(1, 2)
         scores = _matmul("bgin,bgjn->bgij", C, B, u)
         weights = scores[:, :, None] * decay.within
@@ -180,21 +177,21 @@ def _forward(u, log_decay, B, C, state, runs, chunk):
         written = _matmul("bgjn,bgjc->bgnc", B, _by_group(u) * decay.to_end, u)
         return R * decay.through + written, (y.swapaxes(1, 2), R)
 
-    final, (y, starts) = jax.lax.scan(step, state, _chunks(u, log_decay, B, C, runs, chunk))
+    final, (y, starts) = jax.lax.scan(step, state, _chunks(u, log_decay, B, C, resets, chunk))
     y = _join(y).reshape(u.shape)
-    return (y, final), (u, log_decay, B, C, runs, y, starts, final)
+    return (y, final), (u, log_decay, B, C, resets, y, starts, final)
 
 
 def _backward(chunk, residuals, cotangents):
-    u, log_decay, B, C, runs, y, starts, final = residuals
+    u, log_decay, B, C, resets, y, starts, final = residuals
     dy, d_final = cotangents
     batch, _, heads, headdim = u.shape
     grouped = dy.reshape(*dy.shape[:2], B.shape[2], -1, headdim)
     ones = jnp.ones(B.shape[3], d_final.dtype)
 
     def step(dR, xs):  # scores and their gradients stand transposed, [.., j, i]
-        (u, log_decay, B, C, runs, run_before), R, dy = xs
-        decay = _decays(log_decay, runs, run_before, headdim, B.shape[2], transpose=True)
+        (u, log_decay, B, C, resets), R, dy = xs
+        decay = _decays(log_decay, resets, headdim, B.shape[2], transpose=True)
         B, C = B.swapaxes(1, 2), C.swapaxes(1, 2)
         dy_by_head = _by_head(dy)
         weights = _matmul("bgjn,bgin->bgji", B, C, u)[:, :, None] * decay.within
@@ -210,7 +207,7 @@ def _backward(chunk, residuals, cotangents):
         overlap = jnp.einsum("n,bgnc->bgc", ones, dR * R, precision="highest")
         return dR, (du.swapaxes(1, 2), dB.swapaxes(1, 2), dC.swapaxes(1, 2), overlap)
 
-    xs = (_chunks(u, log_decay, B, C, runs, chunk), starts, _split(grouped, chunk))
+    xs = (_chunks(u, log_decay, B, C, resets, chunk), starts, _split(grouped, chunk))
     d_state, (du, dB, dC, overlap) = jax.lax.scan(step, d_final, xs, reverse=True)
     du, dB, dC = _join(du).reshape(u.shape), _join(dB), _join(dC)
     at_end = jnp.concatenate([overlap[1:], jnp.sum(d_final * final, axis=2)[None]])  # <dR', R'> by channel
