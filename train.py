@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -92,15 +93,15 @@ def make_loss(model: Functional, task: LMTask, config: Experiment) -> Callable[.
     return loss
 
 
-def setup(config: Experiment) -> Setup:
-    """Mesh, data, model, optimizer and compiled functions of an experiment, all abstract.
+def setup(config: Experiment, devices: Sequence[jax.Device] | None = None) -> Setup:
+    """Mesh (of ``devices``, or all), data, model, optimizer and compiled functions; no arrays yet.
 
     Raises:
         ConfigError: what cannot work: unknown names, sizes that do not divide, missing or too little data.
     """
     try:
         config.validate()
-        mesh = meshes.make_mesh(config.mesh)
+        mesh = meshes.make_mesh(config.mesh, devices)
         meshes.check_batch(mesh, config.task.batch_size, config.task.seq_len, config.optim.accumulation)
         task = LMTask(config.task)
         if task.vocab_size > config.model.vocab_size:
@@ -152,8 +153,13 @@ def setup(config: Experiment) -> Setup:
 # ------------------------------------------------------------------------------------------------- the loop
 
 
-def run(config: Experiment, workdir: epath.PathLike) -> dict[str, Any]:
+def run(
+    config: Experiment, workdir: epath.PathLike, devices: Sequence[jax.Device] | None = None
+) -> dict[str, Any]:
     """Train to ``config.train.steps``, resuming from the newest checkpoint of ``workdir``, and evaluate.
+
+    Args:
+        devices: to make the mesh of; None for all.
 
     Returns:
         The final metrics by name ("validation/bits_per_byte", ...), with "step"; "stopped" names the signal
@@ -169,7 +175,7 @@ def run(config: Experiment, workdir: epath.PathLike) -> dict[str, Any]:
     workdir, clock = epath.Path(workdir), Clock()
     with contextlib.ExitStack() as stack:
         stack.enter_context(jax.default_matmul_precision(config.train.matmul_precision))
-        s = setup(config)
+        s = setup(config, devices)
         stack.enter_context(jax.set_mesh(s.mesh))
         progress = stack.enter_context(Progress(config.train.steps))
         checkpoints = stack.enter_context(Checkpoints(workdir, config.checkpoint))
@@ -344,6 +350,7 @@ class Loop:
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected argument {argv[1]!r}; settings are --config.FIELD=VALUE")
+    logging.getLogger("absl").setLevel(logging.WARNING)  # orbax tells every write
     try:
         run(CONFIG.value, WORKDIR.value)
     except (ConfigError, ArchitectureError, CheckpointError, DataError, NonFiniteError) as error:

@@ -31,11 +31,9 @@ class Embedding(nnx.Module):
     ):
         init = init or normal(0.02)
         self.table = param(init(rngs.params(), (vocab_size, d_model)), ("vocab", "embed"), "embedding")
-        self.positions = None
-        if max_positions is not None:
-            self.positions = param(
-                init(rngs.params(), (max_positions, d_model)), ("positions", "embed"), "embedding/position"
-            )
+        positions = init(rngs.params(), (max_positions or 0, d_model))
+        axes = ("positions", "embed")
+        self.positions = None if max_positions is None else param(positions, axes, "embedding/position")
 
     def __call__(
         self, tokens: Int[Array, "B L"], positions: Int[Array, "B L"], dtype: jnp.dtype

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 from layers.norm import RMSNorm
 from layers.param import Initializer, Linear, param, uniform_fan_in
 from layers.types import Context, State
-from pallas_kernels.causal_conv1d import causal_conv1d
+from pallas_kernels.causal_conv1d import causal_conv1d_together
 from pallas_kernels.ssd import ssd
 
 
@@ -93,22 +93,21 @@ class Mamba2(nnx.Module):
         self.in_B, self.in_C = project(bc, "groups"), project(bc, "groups")
         self.in_dt = project(heads, "heads")
         self.conv = nnx.Dict(
-            x=DepthwiseConv(d_inner, "inner", config, rngs=rngs),
-            B=DepthwiseConv(bc, "groups", config, rngs=rngs),
-            C=DepthwiseConv(bc, "groups", config, rngs=rngs),
+            x=ConvWeights(d_inner, "inner", config, rngs=rngs),
+            B=ConvWeights(bc, "groups", config, rngs=rngs),
+            C=ConvWeights(bc, "groups", config, rngs=rngs),
         )
         self.A_log = param(_init_A_log(rngs.params(), heads, config), ("heads",), "dynamics/A")
         self.dt_bias = param(_init_dt_bias(rngs.params(), heads, config), ("heads",), "dynamics/dt")
         self.D = param(jnp.ones(heads), ("heads",), "dynamics/D")
-        self.norm = None
-        if config.rmsnorm:
-            self.norm = RMSNorm(
-                d_inner,
-                eps=config.norm_eps,
-                groups=config.n_groups,
-                norm_before_gate=config.norm_before_gate,
-                axis="inner",
-            )
+        norm = RMSNorm(
+            d_inner,
+            eps=config.norm_eps,
+            groups=config.n_groups,
+            norm_before_gate=config.norm_before_gate,
+            axis="inner",
+        )
+        self.norm = norm if config.rmsnorm else None
         self.out = Linear(
             d_inner, d_model, ("inner", "embed"), rngs=rngs, use_bias=bias, init=out_init or init
         )
@@ -127,9 +126,7 @@ class Mamba2(nnx.Module):
         c, (batch, length, _) = self.config, x.shape
         before = ctx.carried(state) or {"conv": {"x": None, "B": None, "C": None}, "ssm": None}
         z, raw_dt = self.in_z(x), self.in_dt(x)
-        mixed, tails = {}, {}
-        for name, projected in (("x", self.in_x(x)), ("B", self.in_B(x)), ("C", self.in_C(x))):
-            mixed[name], tails[name] = self.conv[name](projected, before["conv"][name], ctx)
+        mixed, tails = self._convolve({"x": self.in_x(x), "B": self.in_B(x), "C": self.in_C(x)}, before, ctx)
         y, final = ssd(
             mixed["x"].reshape(batch, length, self.heads, c.headdim),
             self._dt(raw_dt),
@@ -149,6 +146,20 @@ class Mamba2(nnx.Module):
         after = {"conv": tails, "ssm": final}
         return self.out(y), jax.tree.map(lambda new, old: new.astype(old.dtype), after, state)
 
+    def _convolve(self, projected: dict[str, jax.Array], before: State, ctx: Context) -> tuple[dict, dict]:
+        """Causal convolution and SiLU of x, B and C, and the tails they leave."""
+        names = list(projected)
+        ys, tails = causal_conv1d_together(
+            [projected[n] for n in names],
+            [self.conv[n].weight[...] for n in names],
+            [self.conv[n].bias[...] if self.config.conv_bias else None for n in names],
+            initial_states=[before["conv"][n] for n in names],
+            segment_ids=ctx.segment_ids,
+            activation="silu",
+            implementation=self.config.implementation,
+        )
+        return dict(zip(names, ys)), dict(zip(names, tails))
+
     def _dt(self, raw: Float[Array, "B L H"]) -> Float[Array, "B L H"]:
         """Step sizes, float32: softplus(raw + dt_bias), clamped."""
         dt = jax.nn.softplus(raw.astype(self.dt_bias[...].dtype) + self.dt_bias[...])
@@ -167,31 +178,15 @@ class Mamba2(nnx.Module):
         return float(projections + conv + mixing)
 
 
-class DepthwiseConv(nnx.Module):
-    """Causal depthwise convolution and SiLU; tap ``K - 1`` multiplies the current token."""
+class ConvWeights(nnx.Module):
+    """Taps [K, C] and bias [C] of a depthwise convolution; tap K - 1 multiplies the current token."""
 
     def __init__(self, channels: int, axis: str, config: Mamba2Config, *, rngs: nnx.Rngs):
-        self.implementation = config.implementation
         bound, shape = config.d_conv**-0.5, (config.d_conv, channels)
         weight = jax.random.uniform(rngs.params(), shape, jnp.float32, -bound, bound)
+        bias = jax.random.uniform(rngs.params(), (channels,), jnp.float32, -bound, bound)
         self.weight = param(weight, (None, axis), "conv")
-        self.bias = None
-        if config.conv_bias:
-            bias = jax.random.uniform(rngs.params(), (channels,), jnp.float32, -bound, bound)
-            self.bias = param(bias, (axis,), "vector")
-
-    def __call__(
-        self, x: Float[Array, "B L C"], tail: Float[Array, "B W C"] | None, ctx: Context
-    ) -> tuple[Float[Array, "B L C"], Float[Array, "B W C"]]:
-        return causal_conv1d(
-            x,
-            self.weight[...],
-            None if self.bias is None else self.bias[...],
-            initial_state=tail,
-            segment_ids=ctx.segment_ids,
-            activation="silu",
-            implementation=self.implementation,
-        )
+        self.bias = param(bias, (axis,), "vector") if config.conv_bias else None
 
 
 def _init_A_log(key: jax.Array, heads: int, config: Mamba2Config) -> Float[Array, " H"]:

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from layers.embedding import Embedding
 from layers.norm import NORMS
-from layers.param import Linear, normal
+from layers.param import Initializer, Linear, normal
 from layers.types import Context, State
 from models.backbone import Backbone
 from models.config import LMConfig
@@ -34,16 +34,11 @@ class LM(nnx.Module):
         )
         self.backbone = Backbone(config, rngs=rngs)
         self.norm = NORMS[config.norm](config.d_model, eps=config.norm_eps)
-        self.head = None
-        if not config.tie_embeddings:
-            self.head = Linear(
-                config.d_model,
-                config.padded_vocab_size,
-                ("embed", "vocab_out"),
-                rngs=rngs,
-                init=embedding_std,
-                role="head",
-            )
+        self.head = None if config.tie_embeddings else self._make_head(rngs, embedding_std)
+
+    def _make_head(self, rngs: nnx.Rngs, init: Initializer) -> Linear:
+        sizes, axes = (self.config.d_model, self.config.padded_vocab_size), ("embed", "vocab_out")
+        return Linear(*sizes, axes, rngs=rngs, init=init, role="head")
 
     def init_state(self, batch: int, max_len: int) -> State:
         """State before any token: the mixers' states, and the last real segment id and position per row."""
@@ -82,16 +77,18 @@ class LM(nnx.Module):
             static: further fields of ``Context``.
         """
         batch, length = tokens.shape
+        segment_ids = None if segment_ids is None else spmd.replicate_time(segment_ids)
         ctx = Context.create(
             batch,
             length,
-            positions=positions,
+            positions=None if positions is None else spmd.replicate_time(positions),
             segment_ids=segment_ids,
             previous_segment=None if state is None else state["segment"],
             previous_position=None if state is None else state["position"],
             sequence_axis=spmd.SEQUENCE if spmd.sequence_parts() > 1 else None,
             **static,
         )
+        ctx = jax.tree.map(spmd.replicate_time, ctx)
         dtype = jnp.dtype(self.config.dtype)
         x = self.embed(tokens, ctx.positions, dtype).astype(self.config.residual_dtype)
         x, layers = self.backbone(spmd.shard_activations(x), None if state is None else state["layers"], ctx)

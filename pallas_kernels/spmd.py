@@ -48,6 +48,18 @@ def shard_activations(x: jax.Array) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, spec)
 
 
+def replicate_time(x: jax.Array) -> jax.Array:
+    """Constrain ``x[B, ...]`` to batch over (data, fsdp) and nothing else.
+
+    For segment ids and positions: every device then scans along whole rows of them by itself, at the price of
+    one gather of integers, where a cumulative sum over sharded time would take several collectives.
+    """
+    mesh = active_mesh()
+    if mesh is None:
+        return x
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(axes_dividing(mesh, BATCH, x.shape[0])))
+
+
 def sequence_parts() -> int:
     """Number of devices the time axis is split over under the active mesh (1 without one)."""
     mesh = active_mesh()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -48,7 +50,27 @@ def causal_conv1d(
         ValueError: shapes that do not fit together; 2^31 elements of ``x`` or more on one device; an
             unknown activation or implementation.
     """
-    _check(x, weight, bias, initial_state, segment_ids, activation)
+    options = {"segment_ids": segment_ids, "activation": activation, "implementation": implementation}
+    y, final = causal_conv1d_together((x,), (weight,), (bias,), initial_states=(initial_state,), **options)
+    return y[0], final[0]
+
+
+def causal_conv1d_together(
+    xs: Sequence[Float[Array, "B L _"]],
+    weights: Sequence[Float[Array, "K _"]],
+    biases: Sequence[Float[Array, " _"] | None],
+    *,
+    initial_states: Sequence[Float[Array, "B K-1 _"] | None],
+    segment_ids: Int[Array, "B L"] | None = None,
+    activation: str | None = None,
+    implementation: str | None = None,
+) -> tuple[list[Float[Array, "B L _"]], list[Float[Array, "B K-1 _"]]]:
+    """:func:`causal_conv1d` of several inputs that share B, L and K, such as Mamba-2's x, B and C.
+
+    Under a mesh they share one permute, and each is split over tensor as its own channels allow.
+    """
+    for x, weight, bias, state in zip(xs, weights, biases, initial_states, strict=True):
+        _check(x, weight, bias, state, segment_ids, activation)
     run = resolve("causal_conv1d", implementation, IMPLEMENTATIONS)
 
     def local(x, weight, bias, state, segment_ids):
@@ -60,16 +82,17 @@ def causal_conv1d(
         y, state = run(x, weight, bias, state, segment_ids, activation)
         return y.astype(x.dtype), state.astype(x.dtype)
 
-    state = initial_state
-    if state is None:
-        state = jnp.zeros((x.shape[0], weight.shape[0] - 1, x.shape[2]), x.dtype)
-    bias = jnp.zeros(x.shape[2], weight.dtype) if bias is None else bias
+    states = [
+        jnp.zeros((x.shape[0], w.shape[0] - 1, x.shape[2]), x.dtype) if state is None else state
+        for x, w, state in zip(xs, weights, initial_states)
+    ]
+    biases = [jnp.zeros(x.shape[2], w.dtype) if b is None else b for x, w, b in zip(xs, weights, biases)]
     mesh = spmd.active_mesh()
     if mesh is None:
-        y, final = local(x, weight, bias, state, segment_ids)
+        results = [local(*inputs, segment_ids) for inputs in zip(xs, weights, biases, states)]
     else:
-        y, final = sharded.causal_conv1d(local, mesh, x, weight, bias, state, segment_ids)
-    return y, final.astype(state.dtype)
+        results = sharded.causal_conv1d(local, mesh, list(zip(xs, weights, biases, states)), segment_ids)
+    return [y for y, _ in results], [final.astype(s.dtype) for (_, final), s in zip(results, states)]
 
 
 def _check(x, weight, bias, initial_state, segment_ids, activation) -> None:

@@ -2,91 +2,97 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, PartitionSpec
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int
 
 from pallas_kernels import spmd
 from pallas_kernels.causal_conv1d import xla
 
+Input = tuple[jax.Array, jax.Array, jax.Array, jax.Array]  # x, weight, bias, initial_state
+
 
 def causal_conv1d(
-    local: Callable,
+    local: Callable[..., tuple[jax.Array, jax.Array]],
     mesh: AbstractMesh,
-    x: Float[Array, "B L C"],
-    weight: Float[Array, "K C"],
-    bias: Float[Array, " C"],
-    initial_state: Float[Array, "B K-1 C"],
+    inputs: list[Input],
     segment_ids: Int[Array, "B L"] | None,
-) -> tuple[Float[Array, "B L C"], Float[Array, "B K-1 C"]]:
-    """``local(x, weight, bias, initial_state, segment_ids)`` on every device's part.
+) -> list[tuple[jax.Array, jax.Array]]:
+    """``local(x, weight, bias, initial_state, segment_ids)`` of every input, on every device's part.
 
     A mesh axis whose size does not divide its dimension is left replicated; so is time where a shard would be
-    shorter than K-1 tokens. Replicating the final state costs one all-reduce of K-1 rows where it is used.
+    shorter than K-1 tokens. Replicated final states cost one all-reduce of K-1 rows where they are used.
     """
-    length, taps_before = x.shape[1], initial_state.shape[1]
-    batch = spmd.axes_dividing(mesh, spmd.BATCH, x.shape[0])
-    channels = spmd.axes_dividing(mesh, spmd.TENSOR, x.shape[2])
+    rows, length, _ = inputs[0][0].shape
+    parts = mesh.shape[spmd.SEQUENCE]
+    batch = spmd.axes_dividing(mesh, spmd.BATCH, rows)
     time = spmd.axes_dividing(mesh, spmd.SEQUENCE, length)
-    if time is not None and length // mesh.shape[spmd.SEQUENCE] < taps_before:
+    if time is not None and length // parts < inputs[0][3].shape[1]:
         time = None
-    shard_length = length // mesh.shape[spmd.SEQUENCE] if time is not None else length
-    # First and last real token of each row; 0 and 0 in a row of padding, whose state the first shard passes
-    # on.
+    shard_length = length // parts if time is not None else length
+    # First and last real token of each row; 0 and 0 in a row of padding: the first shard passes its state on.
     if segment_ids is None:
-        first, last = jnp.zeros((2, x.shape[0]), jnp.int32).at[1].set(length - 1)
+        first, last = jnp.zeros((2, rows), jnp.int32).at[1].set(length - 1)
     else:
         first = jnp.argmax(segment_ids != 0, axis=1)
         last = jnp.max(jnp.where(segment_ids != 0, jnp.arange(length), 0), axis=1)
 
-    def device(x, weight, bias, state, segment_ids, first, last):
+    def device(inputs, segment_ids, first, last):
         if time is None:
-            return local(x, weight, bias, state, segment_ids)
+            return [local(*each, segment_ids) for each in inputs]
         here = jax.lax.axis_index(spmd.SEQUENCE)
-        starts_here = first // shard_length == here
-        past = _past(x, state, segment_ids, starts_here)
-        y, final = local(x, weight, bias, past, segment_ids)
-        final = jnp.where((last // shard_length == here)[:, None, None], final, 0)
-        return y, jax.lax.psum(final, spmd.SEQUENCE)
+        pasts = _pasts(inputs, segment_ids, first // shard_length == here)
+        results = [local(*each[:3], past, segment_ids) for each, past in zip(inputs, pasts)]
+        ends_here = (last // shard_length == here)[:, None, None]
+        finals = jax.lax.psum([jnp.where(ends_here, final, 0) for _, final in results], spmd.SEQUENCE)
+        return [(y, final) for (y, _), final in zip(results, finals)]
 
-    by_token = PartitionSpec(batch, time, channels)
-    by_channel = PartitionSpec(None, channels)
-    by_state = PartitionSpec(batch, None, channels)
+    def specs(x):
+        channels = spmd.axes_dividing(mesh, spmd.TENSOR, x.shape[2])
+        by_token, by_state = PartitionSpec(batch, time, channels), PartitionSpec(batch, None, channels)
+        return by_token, PartitionSpec(None, channels), PartitionSpec(channels), by_state
+
+    in_specs = [specs(x) for x, _, _, _ in inputs]
     by_row = PartitionSpec(batch)
-    by_id = PartitionSpec(batch, time)
     return jax.shard_map(
         device,
         mesh=mesh,
-        in_specs=(by_token, by_channel, PartitionSpec(channels), by_state, by_id, by_row, by_row),
-        out_specs=(by_token, by_state),
+        in_specs=(in_specs, PartitionSpec(batch, time), by_row, by_row),
+        out_specs=[(by_token, by_state) for by_token, _, _, by_state in in_specs],
         check_vma=False,
-    )(x, weight, bias, initial_state, segment_ids, first, last)
+    )(inputs, segment_ids, first, last)
 
 
-def _past(x, state, segment_ids, starts_here) -> jax.Array:
-    """The K-1 rows before this shard's first real token, [B, K-1, C].
+def _pasts(inputs: list[Input], segment_ids, starts_here) -> list[jax.Array]:
+    """The K-1 rows before this shard's first real token, [B, K-1, C], of every input.
 
     In the shard of the row's first real token they are the incoming state. Elsewhere they are the last rows
     of the shard before, as far as they are of the segment this shard begins with.
     """
-    state = jnp.where(starts_here[:, None, None], state.astype(x.dtype), 0)
-    rows, ids = xla.extend(x, state, segment_ids)
-    halo = rows[:, x.shape[1] :]
-    if ids is not None:  # ids travel with the rows, as halves: both fit any float of 16 mantissa bits or more
-        halo = jnp.concatenate(
-            [halo.astype(jnp.promote_types(x.dtype, jnp.float32)), _halves(ids[:, x.shape[1] :])], -1
-        )
+    states = [jnp.where(starts_here[:, None, None], state.astype(x.dtype), 0) for x, _, _, state in inputs]
+    extended = [xla.extend(x, state, segment_ids) for (x, _, _, _), state in zip(inputs, states)]
+    length = inputs[0][0].shape[1]
+    ids = extended[0][1]
+    # Rows of all inputs, and their ids, travel together; ids as halves, which any float of 16 mantissa bits
+    # or more holds exactly.
+    dtype = jnp.result_type(*(x.dtype for x, _, _, _ in inputs), *(() if ids is None else (jnp.float32,)))
+    columns = [rows[:, length:].astype(dtype) for rows, _ in extended]
+    columns += [] if ids is None else [_halves(ids[:, length:]).astype(dtype)]
     size = jax.lax.axis_size(spmd.SEQUENCE)
-    halo = jax.lax.ppermute(halo, spmd.SEQUENCE, [(i, i + 1) for i in range(size - 1)])
+    steps = [(i, i + 1) for i in range(size - 1)]
+    halo = jax.lax.ppermute(jnp.concatenate(columns, axis=-1), spmd.SEQUENCE, steps)
+    *halos, halves = jnp.split(halo, list(itertools.accumulate(x.shape[2] for x, _, _, _ in inputs)), axis=-1)
     if ids is not None:
-        halves = halo[..., x.shape[2] :].astype(jnp.int32)
+        halves = halves.astype(jnp.int32)
         halo_ids = (halves[..., 0] << 16) | halves[..., 1]
         same = jnp.cumprod((halo_ids == segment_ids[:, :1])[:, ::-1], axis=1)[:, ::-1]
-        halo = jnp.where((same != 0)[..., None], halo[..., : x.shape[2]].astype(x.dtype), 0)
-    return jnp.where(starts_here[:, None, None], state, halo)
+        halos = [jnp.where((same != 0)[..., None], halo, 0) for halo in halos]
+    starts = starts_here[:, None, None]
+    return [jnp.where(starts, state, halo.astype(state.dtype)) for state, halo in zip(states, halos)]
 
 
 def _halves(ids: jax.Array) -> jax.Array:

@@ -165,7 +165,10 @@ def test_state_keeps_its_declared_shape(name):
 @pytest.mark.parametrize("shape", [(1, 1, 1, 4), (2, 1, 2, 2), (1, 2, 1, 4), (1, 2, 4, 1)], ids=str)
 def test_sharded_is_unsharded(name, shape, mesh):
     _, params = functional(name)
-    x, ids = inputs(4, 32), jnp.tile(jnp.repeat(jnp.asarray([1, 2, 0, 3]), jnp.asarray([9, 11, 3, 9]))[None], (4, 1))
+    x, ids = (
+        inputs(4, 32),
+        jnp.tile(jnp.repeat(jnp.asarray([1, 2, 0, 3]), jnp.asarray([9, 11, 3, 9]))[None], (4, 1)),
+    )
 
     def loss(params, x):
         y, _ = compiled(name)(params, x, None, ids)
