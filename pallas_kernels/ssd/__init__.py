@@ -51,7 +51,9 @@ def ssd(
         _check_shape("D", D, "[H] of x", (heads,))
     dtype = jnp.promote_types(x.dtype, jnp.float32)
     dt = dt.astype(dtype)
-    u = (dt[..., None] * x).astype(x.dtype)
+    # As a product with batch axes only, so that the gradient of dt is a product too: on CPU the sum over P
+    # that a broadcast would give takes as long as half the backward.
+    u = jnp.einsum("blh,blhp->blhp", dt, x.astype(dtype)).astype(x.dtype)
     y, state = ssd_core(
         u,
         dt * A.astype(dtype),
