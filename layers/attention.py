@@ -120,7 +120,7 @@ class Attention(nnx.Module):
         return self._merge_heads(y), after
 
     def cache_room(self, state: State) -> Int[Array, " B"] | None:
-        """Tokens that still fit, negative where tokens were lost; None for a window, which takes any number."""
+        """Tokens that still fit, negative where some were lost; None for a window, which takes any number."""
         slots = state["k"].shape[1]
         return None if self._wraps(slots) else slots - state["length"]
 
@@ -187,7 +187,7 @@ class Attention(nnx.Module):
         return [cache, Source(k, v, kv_segment_ids=ctx.segment_ids, mask=mask)]
 
     def _write(self, state: State, before: Array, k: Array, v: Array, ctx: Context) -> State:
-        """The cache after a piece: the tokens of its last segment, behind ``before`` [B] if that was carried."""
+        """The cache after a piece: the tokens of its last segment, after ``before`` [B] if it was carried."""
         batch, length = k.shape[:2]
         slots = state["k"].shape[1]
         ids = jnp.ones((batch, length), jnp.int32) if ctx.segment_ids is None else ctx.segment_ids

@@ -1,7 +1,7 @@
 """Rotary position embedding and its length-extension variants (Su et al. 2021, arXiv 2104.09864).
 
 ``x[i]`` and ``x[i + e/2]`` are rotated by ``position * inv_freq[i]`` (half-split convention), computed in
-float32. Checked against transformers' implementation.
+float32 or wider. Checked against transformers' implementation.
 """
 
 # No ``from __future__ import annotations`` here: command-line overrides read the field types at run time.
@@ -22,9 +22,9 @@ class RopeConfig:
     Attributes:
         theta: base of the frequencies ``theta ** (-2 i / e)``.
         fraction: share of the head dim, from its start, that is rotated.
-        scaling: how a model trained on ``original_max_position`` tokens is stretched by ``factor``: "linear"
-            divides all frequencies (Chen et al. 2023, arXiv 2306.15595), "ntk" raises the base, "yarn" divides
-            the slow ones (Peng et al. 2023, arXiv 2309.00071), "llama3" likewise by wavelength.
+        scaling: how a model trained on ``original_max_position`` tokens is stretched by ``factor``. "linear"
+            divides all frequencies (Chen et al. 2023, arXiv 2306.15595), "ntk" raises the base, "yarn"
+            divides the slow ones (Peng et al. 2023, arXiv 2309.00071), "llama3" likewise with other limits.
         factor: stretch, >= 1.
         original_max_position: trained length; for "yarn" and "llama3", and "ntk" of a given length.
         beta_fast, beta_slow: "yarn": rotations within the trained length above which a frequency is kept, and
@@ -74,8 +74,8 @@ def rope_frequencies(
         ValueError: unknown scaling, a missing ``original_max_position``, or an odd rotary dimension.
     """
     dim = rotary_dim(config, head_dim)
-    trained, factor = config.original_max_position, config.factor
-    if trained is None and (config.scaling in ("yarn", "llama3") or (config.scaling == "ntk" and length)):
+    trained, factor = config.original_max_position or 0, config.factor
+    if not trained and (config.scaling in ("yarn", "llama3") or (config.scaling == "ntk" and length)):
         raise ValueError(f"rope: scaling={config.scaling!r} needs original_max_position, the trained length.")
     plain = config.theta ** (-np.arange(0, dim, 2) / dim)
     attention_factor = 1.0
@@ -118,8 +118,9 @@ def apply_rope(
 ) -> Float[Array, "B L H E"]:
     """``x`` rotated by ``positions``; the dtype is kept."""
     inv_freq, factor = rope_frequencies(config, x.shape[-1])
-    angle = positions[..., None, None].astype(jnp.float32) * inv_freq
+    dtype = jnp.promote_types(x.dtype, jnp.float32)
+    angle = positions[..., None, None].astype(dtype) * inv_freq
     cos, sin = factor * jnp.cos(angle), factor * jnp.sin(angle)
     half = inv_freq.shape[0]
-    a, b, rest = jnp.split(x.astype(jnp.float32), (half, 2 * half), axis=-1)
+    a, b, rest = jnp.split(x.astype(dtype), (half, 2 * half), axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin, rest], axis=-1).astype(x.dtype)

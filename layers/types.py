@@ -94,14 +94,14 @@ def canonical_segments(
     """
     real = segment_ids != 0
     filled = _last_real(segment_ids, previous_segment)
-    before = jnp.concatenate([filled[:, :1] * 0, filled[:, :-1]], axis=1)
-    if previous_segment is not None:
-        before = before.at[:, 0].set(previous_segment)
+    # Not `.at[:, 0].set(...)`: with time sharded, the XLA of jax 0.10.2 gets that update wrong.
+    first = filled[:, :1] * 0 if previous_segment is None else previous_segment[:, None]
+    before = jnp.concatenate([first, filled[:, :-1]], axis=1)
     # The first real token after nothing opens run 1; any other change of id opens the next run.
     change = real & (segment_ids != before) & (before != 0)
     runs = jnp.where(real, 1 + jnp.cumsum(change, axis=1, dtype=jnp.int32), 0)
-    first = jnp.argmax(real, axis=1)
-    first_run = jnp.take_along_axis(runs, first[:, None], axis=1)[:, 0]
+    first_real = jnp.argmax(real, axis=1)
+    first_run = jnp.take_along_axis(runs, first_real[:, None], axis=1)[:, 0]
     return runs, first_run <= 1
 
 

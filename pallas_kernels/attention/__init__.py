@@ -9,6 +9,7 @@ sharded and time goes around a ring (``sharded.py``).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal, overload
 
 from jaxtyping import Array, Float, Int
 
@@ -20,6 +21,32 @@ __all__ = ["MASKED", "Alibi", "Mask", "Source", "attention"]
 
 IMPLEMENTATIONS = {"reference": reference.attention, "xla": xla.attention, "cudnn": cudnn.attention}
 INDEX_LIMIT = 2**31 - 1  # positions and slots are int32
+
+
+@overload
+def attention(
+    q: Array,
+    sources: Sequence[Source],
+    *,
+    q_segment_ids: Array | None = ...,
+    softmax_scale: float | None = ...,
+    bias: Alibi | None = ...,
+    return_lse: Literal[False] = ...,
+    implementation: str | None = ...,
+) -> Array: ...
+
+
+@overload
+def attention(
+    q: Array,
+    sources: Sequence[Source],
+    *,
+    q_segment_ids: Array | None = ...,
+    softmax_scale: float | None = ...,
+    bias: Alibi | None = ...,
+    return_lse: Literal[True],
+    implementation: str | None = ...,
+) -> tuple[Array, Array]: ...
 
 
 def attention(
@@ -64,7 +91,10 @@ def attention(
         out, lse = sharded.attention(mesh, run, q, sources, q_segment_ids, scale, bias)
     else:
         out, lse = run(q, sources, q_segment_ids, scale, bias)
-    return (out, lse) if return_lse else out
+    if not return_lse:
+        return out
+    assert lse is not None
+    return out, lse
 
 
 def _check(q: Array, sources: tuple[Source, ...], q_segment_ids: Array | None, bias: Alibi | None) -> None:
@@ -77,7 +107,8 @@ def _check(q: Array, sources: tuple[Source, ...], q_segment_ids: Array | None, b
         name, keys = f"attention: sources[{i}]", source.k.shape
         if source.v.shape != keys or len(keys) != 4 or (keys[0], keys[3]) != (batch, width):
             raise ValueError(
-                f"{name}: k {keys} and v {source.v.shape} must both be [{batch}, Lk, K, {width}] for q {q.shape}."
+                f"{name}: k is {keys} and v {source.v.shape}; for q {q.shape} both must be "
+                f"[{batch}, Lk, K, {width}]."
             )
         if heads % keys[2]:
             raise ValueError(f"{name}: {keys[2]} key heads do not divide {heads} query heads.")

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.attention.sources import MASKED, Alibi, Source, tokens_of, visible
+from pallas_kernels.attention.sources import MASKED, Alibi, Source, tokens_of, visible, wide
 
 
 def attention(
@@ -23,11 +23,12 @@ def attention(
     logits, values = [], []
     for source in sources:
         group = heads // source.k.shape[2]
-        k, v = (jnp.repeat(x, group, axis=2).astype(jnp.float32) for x in (source.k, source.v))
-        s = scale * jnp.einsum("blhe,bmhe->bhlm", q.astype(jnp.float32), k)
+        k, v = (jnp.repeat(x, group, axis=2).astype(wide(q, x)) for x in (source.k, source.v))
+        s = scale * jnp.einsum("blhe,bmhe->bhlm", q.astype(k.dtype), k)
         positional = source.mask.positional or bias is not None
         q_tokens, kv_tokens = tokens_of(source, length, q_segment_ids, positional)
         if bias is not None:
+            assert q_tokens.positions is not None and kv_tokens.positions is not None
             distance = q_tokens.positions[:, :, None] - kv_tokens.positions[:, None]
             s -= jax.lax.stop_gradient(bias.slopes)[:, None, None] * distance[:, None]
         seen = visible(source.mask, q_tokens, kv_tokens)

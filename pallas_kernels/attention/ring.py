@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.attention import xla
-from pallas_kernels.attention.sources import MASKED, Alibi, Source, Tokens, may_meet
+from pallas_kernels.attention.sources import MASKED, Alibi, Source, Tokens, may_meet, wide
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +51,7 @@ def attend(
     bias: Alibi | None,
 ) -> tuple[Float[Array, "B Lq H E"], Float[Array, "B H Lq"]]:
     """Attention of this device's queries over the keys of all devices: float32 output and log-sum-exp."""
-    spec, q_tokens, kv_tokens = xla.describe(q.shape[1], source, q_segment_ids, scale, bias, jnp.float32)
+    spec, q_tokens, kv_tokens = xla.describe(q.shape[1], source, q_segment_ids, scale, bias, wide(q))
     rotations, mask, keys = size - 1, source.mask, source.k.shape[1]
     if spec.aligned and mask.causal and mask.window is not None and q.shape[1] == keys:
         rotations = min(rotations, -(-(mask.window - 1) // keys))
@@ -81,10 +81,11 @@ def _attend_fwd(spec, ring, *given):
 
 
 def _attend_bwd(spec, ring, residuals, cotangents):
-    *given, out, lse = residuals
+    q, k, v, q_tokens, kv_tokens, slopes, out, lse = residuals
     d_out, d_lse = cotangents
-    grads = _backward(spec, ring, *given, lse, d_out, xla.row_delta(out, d_out, d_lse))
-    return *(g.astype(x.dtype) for g, x in zip(grads, given[:3])), None, None, None
+    delta = xla.row_delta(out, d_out, d_lse)
+    dq, dk, dv = _backward(spec, ring, q, k, v, q_tokens, kv_tokens, slopes, lse, d_out, delta)
+    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None, None, None
 
 
 _attend.defvjp(_attend_fwd, _attend_bwd)
@@ -106,8 +107,8 @@ def _forward(spec, ring: Ring, q, k, v, q_tokens: Tokens, kv_tokens: Tokens, slo
         kv, so_far = carry
         return ring.send(kv), add(i, kv, so_far)  # independent of each other: they overlap
 
-    lse = jnp.full((q.shape[0], q.shape[2], q.shape[1]), MASKED)
-    start = ((jnp.concatenate([k, v], axis=-1), kv_tokens), (jnp.zeros(q.shape, jnp.float32), lse))
+    lse = jnp.full((q.shape[0], q.shape[2], q.shape[1]), MASKED, wide(q, k))
+    start = ((jnp.concatenate([k, v], axis=-1), kv_tokens), (jnp.zeros(q.shape, lse.dtype), lse))
     kv, so_far = jax.lax.fori_loop(0, ring.rotations, step, start)
     return add(ring.rotations, kv, so_far)
 
@@ -130,7 +131,7 @@ def _backward(spec, ring: Ring, q, k, v, q_tokens: Tokens, kv_tokens: Tokens, sl
         return ring.send(kv), (dq, ring.send(d_packed))
 
     packed = jnp.concatenate([k, v], axis=-1)
-    start = ((packed, kv_tokens), (jnp.zeros(q.shape, jnp.float32), jnp.zeros(packed.shape, jnp.float32)))
+    start = ((packed, kv_tokens), tuple(jnp.zeros(x.shape, lse.dtype) for x in (q, packed)))
     kv, sums = jax.lax.fori_loop(0, ring.rotations, step, start)
     dq, d_packed = add(ring.rotations, kv, sums)
     return dq, *jnp.split(ring.send(d_packed, by=-ring.rotations), 2, axis=-1)

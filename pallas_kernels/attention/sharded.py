@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import spmd
 from pallas_kernels.attention import ring, xla
-from pallas_kernels.attention.sources import Alibi, Source
+from pallas_kernels.attention.sources import Alibi, Source, wide
 
 
 def attention(
@@ -36,69 +36,67 @@ def attention(
             not "xla" and time is sharded.
     """
     batch = spmd.axes_dividing(mesh, spmd.BATCH, q.shape[0])
-    time = spmd.axes_dividing(mesh, spmd.SEQUENCE, q.shape[1])
-    tensor = spmd.TENSOR if mesh.shape.get(spmd.TENSOR, 1) > 1 else None
+    parts, time_parts = mesh.shape.get(spmd.TENSOR, 1), mesh.shape.get(spmd.SEQUENCE, 1)
+    time = spmd.SEQUENCE if time_parts > 1 and q.shape[1] % time_parts == 0 else None
     if time is not None and run is not xla.attention:
-        raise ValueError(
-            f"attention: the sequence axis ({mesh.shape[spmd.SEQUENCE]} devices) needs implementation='xla'."
-        )
-    rings = [time is not None and _splits(mesh, source) for source in sources]
-    splits = [_kv_axis(mesh, i, q.shape[2], source.k.shape[2]) for i, source in enumerate(sources)]
+        raise ValueError(f"attention: a sequence axis of {time_parts} devices needs implementation='xla'.")
+    rings = [time is not None and _split_over_time(source, time_parts) for source in sources]
+    shared = [_kv_heads_shared(parts, i, q.shape[2], s.k.shape[2]) for i, s in enumerate(sources)]
 
-    def source_specs(on_ring: bool, heads: str | None) -> tuple:
-        keys = time if on_ring else None
-        kv = PartitionSpec(batch, keys, heads, None)
-        return kv, kv, PartitionSpec(batch, time), *[PartitionSpec(batch, keys)] * 2, PartitionSpec(batch)
-
-    def local(q, fields, q_segment_ids, slopes):
+    def device(q, arrays, q_segment_ids, slopes):
         bias = None if slopes is None else Alibi(slopes)
-        parts = []
-        for source, arrays, on_ring, split in zip(sources, fields, rings, splits):
-            k, v, *rest = arrays
-            if tensor is not None and split is None:
-                k, v = (_own_kv_head(x, mesh.shape[tensor]) for x in (k, v))
-            own = Source(k, v, *rest, mask=source.mask)
-            if on_ring:
-                part = ring.attend(time, mesh.shape[time], q, own, q_segment_ids, scale, bias)
-            elif time is not None:
-                own = _with_positions(own, q.shape[1], time)
-                part = xla.attend(q, own, q_segment_ids, scale, bias, jnp.float32)
-            else:
-                parts.append(own)
-                continue
-            parts.append(part)
+        own = []
+        for source, fields, pick_head in zip(sources, arrays, shared):
+            part = Source(**fields, mask=source.mask)
+            if pick_head:
+                k, v = _own_kv_head(part.k, parts), _own_kv_head(part.v, parts)
+                part = dataclasses.replace(part, k=k, v=v)
+            own.append(part)
         if time is None:
-            return run(q, parts, q_segment_ids, scale, bias)
-        out, lse = functools.reduce(lambda a, b: xla.merge(*a, *b), parts)
+            return run(q, own, q_segment_ids, scale, bias)
+        found = []
+        for source, on_ring in zip(own, rings):
+            if on_ring:
+                found.append(ring.attend(time, time_parts, q, source, q_segment_ids, scale, bias))
+            else:
+                source = _with_positions(source, q.shape[1], time)
+                found.append(xla.attend(q, source, q_segment_ids, scale, bias, wide(q)))
+        out, lse = functools.reduce(lambda a, b: xla.merge(*a, *b), found)
         return out.astype(q.dtype), lse
 
-    fields = [tuple(getattr(s, f.name) for f in dataclasses.fields(s))[:-1] for s in sources]
-    specs = [source_specs(*x) for x in zip(rings, splits)]
-    q_spec = PartitionSpec(batch, time, tensor, None)
+    def source_specs(on_ring: bool, pick_head: bool) -> dict[str, PartitionSpec]:
+        tokens = PartitionSpec(batch, time if on_ring else None)
+        kv = PartitionSpec(*tokens, None if pick_head else spmd.TENSOR)
+        specs = {"k": kv, "v": kv, "kv_positions": tokens, "kv_segment_ids": tokens}
+        return {**specs, "q_positions": PartitionSpec(batch, time), "kv_length": PartitionSpec(batch)}
+
+    specs = [source_specs(*x) for x in zip(rings, shared)]
+    arrays = [{name: getattr(source, name) for name in spec} for source, spec in zip(sources, specs)]
+    q_spec = PartitionSpec(batch, time, spmd.TENSOR)
     return jax.shard_map(
-        local,
+        device,
         mesh=mesh,
-        in_specs=(q_spec, specs, PartitionSpec(batch, time), PartitionSpec(tensor)),
-        out_specs=(q_spec, PartitionSpec(batch, tensor, time)),
+        in_specs=(q_spec, specs, PartitionSpec(batch, time), PartitionSpec(spmd.TENSOR)),
+        out_specs=(q_spec, PartitionSpec(batch, spmd.TENSOR, time)),
         check_vma=False,
-    )(q, fields, q_segment_ids, None if bias is None else bias.slopes)
+    )(q, arrays, q_segment_ids, None if bias is None else bias.slopes)
 
 
-def _splits(mesh: AbstractMesh, source: Source) -> bool:
-    """Whether the keys are split over time. ``kv_length`` counts slots from the first: such a cache is whole."""
-    return source.kv_length is None and source.k.shape[1] % mesh.shape[spmd.SEQUENCE] == 0
+def _split_over_time(source: Source, parts: int) -> bool:
+    """Whether the keys are split like the queries. A cache is not: ``kv_length`` counts from slot 0."""
+    return source.kv_length is None and source.k.shape[1] % parts == 0
 
 
-def _kv_axis(mesh: AbstractMesh, index: int, heads: int, kv_heads: int) -> str | None:
-    """Mesh axis of the key heads: tensor, or None where every device takes the one key head it needs."""
-    parts = mesh.shape.get(spmd.TENSOR, 1)
+def _kv_heads_shared(parts: int, index: int, heads: int, kv_heads: int) -> bool:
+    """Whether the key heads are whole on every device, which takes the one that its query heads share."""
     if heads % parts == 0 and kv_heads % parts == 0:
-        return spmd.TENSOR if parts > 1 else None
+        return False
     if heads % parts == 0 and parts % kv_heads == 0:
-        return None
+        return True
     raise ValueError(
-        f"attention: sources[{index}] has {heads} query and {kv_heads} key heads, which the tensor axis of "
-        f"{parts} devices cannot split: it must divide num_heads, and divide num_kv_heads or be a multiple of it."
+        f"attention: a tensor axis of {parts} devices cannot split the {heads} query and {kv_heads} key "
+        f"heads of sources[{index}]: it must divide num_heads, and divide num_kv_heads or be a multiple of "
+        "it."
     )
 
 

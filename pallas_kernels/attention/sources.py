@@ -42,7 +42,7 @@ class Mask:
         """Whether positions matter."""
         return self.causal or self.window is not None
 
-    def sees(self, q: Int[Array, "B Lq"], k: Int[Array, "B Lk"]) -> Bool[Array, "B Lq Lk"]:
+    def sees(self, q: Int[Array, "#B Lq"], k: Int[Array, "#B Lk"]) -> Bool[Array, "_ Lq Lk"]:
         """The predicate on every pair of positions."""
         distance = q[:, :, None] - k[:, None, :]
         seen = jnp.ones(distance.shape, bool)
@@ -52,7 +52,7 @@ class Mask:
             seen &= distance < self.window
         return seen
 
-    def may_see(self, q_low: Array, q_high: Array, k_low: Array, k_high: Array) -> Bool[Array, "..."]:
+    def may_see(self, q_low: Array, q_high: Array, k_low: Array, k_high: Array) -> Array:
         """Whether a query position in [q_low, q_high] can see a key position in [k_low, k_high]."""
         seen = jnp.ones(jnp.broadcast_shapes(q_low.shape, k_low.shape), bool)
         if self.causal:
@@ -96,6 +96,11 @@ class Alibi:
     slopes: Float[Array, " H"]
 
 
+def wide(*arrays: Array) -> jnp.dtype:
+    """Dtype that products of ``arrays`` accumulate in: float32, or wider if one of them is."""
+    return jnp.promote_types(jnp.result_type(*arrays), jnp.float32)
+
+
 class Tokens(NamedTuple):
     """What masks need to know about a run of queries or keys, leading axis B or 1 (None: does not matter)."""
 
@@ -119,10 +124,11 @@ def tokens_of(
     return Tokens(q_positions, q_segment_ids), Tokens(kv_positions, source.kv_segment_ids, valid)
 
 
-def visible(mask: Mask, q: Tokens, kv: Tokens) -> Bool[Array, "B Lq Lk"] | None:
+def visible(mask: Mask, q: Tokens, kv: Tokens) -> Bool[Array, "_ Lq Lk"] | None:
     """Which pairs of a block take part in the softmax, B or 1 in front; None when all do."""
     seen = None
     if mask.positional:
+        assert q.positions is not None and kv.positions is not None
         seen = mask.sees(q.positions, kv.positions)
     if q.segment_ids is not None:
         same = (q.segment_ids != 0)[:, :, None]
@@ -135,7 +141,7 @@ def visible(mask: Mask, q: Tokens, kv: Tokens) -> Bool[Array, "B Lq Lk"] | None:
     return seen
 
 
-def may_meet(mask: Mask, q: Tokens, kv: Tokens) -> Bool[Array, "B Nq Nk"]:
+def may_meet(mask: Mask, q: Tokens, kv: Tokens) -> Bool[Array, "_ _ _"]:
     """Whether any query of a block can see any key of a block; never wrongly False.
 
     Every field of ``q`` and ``kv`` holds blocks, [B, N, block]. Segment ids are compared as ranges, which is
@@ -143,6 +149,7 @@ def may_meet(mask: Mask, q: Tokens, kv: Tokens) -> Bool[Array, "B Nq Nk"]:
     """
     seen = jnp.ones((1, 1, 1), bool)
     if mask.positional:
+        assert q.positions is not None and kv.positions is not None
         low, high = q.positions.min(-1)[:, :, None], q.positions.max(-1)[:, :, None]
         seen &= mask.may_see(low, high, kv.positions.min(-1)[:, None], kv.positions.max(-1)[:, None])
     if q.segment_ids is not None and kv.segment_ids is not None:

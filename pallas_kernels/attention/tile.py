@@ -6,18 +6,15 @@ every product is a plain batched matrix product. Letters: l queries of the block
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pallas_kernels.attention.sources import MASKED, Mask, Tokens, visible
+from pallas_kernels.attention.sources import MASKED, Mask, Tokens, visible, wide
 
 FEW_ROWS = 64  # query rows over all heads up to which the keys are read in place
-
-_product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
 class Keys(NamedTuple):
@@ -44,9 +41,9 @@ class Partial(NamedTuple):
     values: Float[Array, "B K R E"]
 
     @classmethod
-    def empty(cls, q: Float[Array, "B l H E"], kv_heads: int) -> Partial:
+    def empty(cls, q: Float[Array, "B l H E"], k: Float[Array, "B Lk K E"]) -> Partial:
         """Over no keys at all."""
-        zeros = jnp.zeros(to_rows(q, kv_heads).shape, jnp.float32)
+        zeros = jnp.zeros(to_rows(q, k.shape[2]).shape, wide(q, k))
         return cls(zeros[..., 0] + MASKED, zeros[..., 0], zeros)
 
     def join(self, other: Partial) -> Partial:
@@ -117,6 +114,7 @@ def _logits(rows: Array, length: int, q_tokens: Tokens, keys: Keys, scoring: Sco
     shape = s.shape
     s = s.reshape(*shape[:2], -1, length, shape[3])
     if scoring.slopes is not None:
+        assert q_tokens.positions is not None and keys.tokens.positions is not None
         distance = q_tokens.positions[:, :, None] - keys.tokens.positions[:, None]
         s -= scoring.slopes.reshape(shape[1], -1, 1, 1) * distance[:, None, None]
     seen = visible(scoring.mask, q_tokens, keys.tokens)
@@ -143,5 +141,9 @@ def _weighted_sum(p: Float[Array, "B K R m"], v: Float[Array, "B m K E"]) -> Flo
     return jnp.einsum("bkrke->bkre", wide.reshape(batch, kv_heads, n_rows, kv_heads, -1))
 
 
+def _product(equation: str, a: Array, b: Array) -> Array:
+    return jnp.einsum(equation, a, b, preferred_element_type=wide(a, b))
+
+
 def _read_in_place(rows: Array) -> bool:
-    return 1 < rows.shape[1] and math.prod(rows.shape[1:3]) <= FEW_ROWS
+    return rows.shape[1] > 1 and math.prod(rows.shape[1:3]) <= FEW_ROWS

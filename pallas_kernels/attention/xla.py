@@ -18,8 +18,9 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.attention.sources import MASKED, Alibi, Mask, Source, Tokens, may_meet, tokens_of
+from pallas_kernels.attention.sources import MASKED, Alibi, Mask, Source, Tokens, tokens_of, wide
 from pallas_kernels.attention.tile import Keys, Partial, Scoring, gradients, softmax_part
+from pallas_kernels.attention.tiling import Tiling
 
 BLOCK = 512  # queries, and keys, of a tile
 MAX_KEYS = 8192  # keys of a tile when there are few queries
@@ -43,13 +44,21 @@ class Spec:
         return min(kv_length, max(self.block, min(few, MAX_KEYS)))
 
     def one_tile(self, q_length: int, kv_length: int) -> bool:
+        """Whether no loop is needed."""
         return q_length <= self.block and kv_length <= self.key_block(q_length, kv_length)
+
+    def tiling(self, q: Array, k: Array, q_tokens: Tokens, kv_tokens: Tokens) -> Tiling:
+        """Tiles of queries [B, Lq, ..] and keys [B, Lk, ..] that do not fit into one."""
+        lengths = q.shape[1], k.shape[1]
+        block = min(self.block, lengths[0]), self.key_block(*lengths)
+        return Tiling.of(self.mask, block, *lengths, q_tokens, kv_tokens)
 
     def ranges(self, q_length: int, kv_length: int) -> list[tuple[slice, slice]]:
         """Rows of one tile with the keys they can see; causal rows in four steps, to skip the future."""
         if not (self.aligned and self.mask.causal):
             return [(slice(0, q_length), slice(0, kv_length))]
-        step, window, found = max(1, self.block // 4), self.mask.window, []
+        step, window = max(1, self.block // 4), self.mask.window
+        found = []
         for start in range(0, q_length, step):
             stop = min(start + step, q_length)
             last = min(stop, kv_length)
@@ -67,7 +76,7 @@ def attention(
     block: int = BLOCK,
 ) -> Out:
     """Same contract as the reference, in blocks of ``block`` queries and keys."""
-    out_dtype = q.dtype if len(sources) == 1 else jnp.float32
+    out_dtype = q.dtype if len(sources) == 1 else wide(q)
     parts = [attend(q, source, q_segment_ids, scale, bias, out_dtype, block) for source in sources]
     out, lse = functools.reduce(lambda a, b: merge(*a, *b), parts)
     return out.astype(q.dtype), lse
@@ -121,10 +130,11 @@ def _attend_fwd(spec, q, k, v, q_tokens, kv_tokens, slopes):
 
 
 def _attend_bwd(spec, residuals, cotangents):
-    *given, out, lse = residuals
+    q, k, v, q_tokens, kv_tokens, slopes, out, lse = residuals
     d_out, d_lse = cotangents
-    grads = backward(spec, *given, lse, d_out, row_delta(out, d_out, d_lse))
-    return *(g.astype(x.dtype) for g, x in zip(grads, given[:3])), None, None, None
+    delta = row_delta(out, d_out, d_lse)
+    dq, dk, dv = backward(spec, q, k, v, q_tokens, kv_tokens, slopes, lse, d_out, delta)
+    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None, None, None
 
 
 _attend.defvjp(_attend_fwd, _attend_bwd)
@@ -132,31 +142,31 @@ _attend.defvjp(_attend_fwd, _attend_bwd)
 
 def row_delta(out: Array, d_out: Array, d_lse: Array) -> Float[Array, "B H Lq"]:
     """What a row subtracts from dP: sum(d_out * out) - d_lse."""
-    return jnp.einsum("blhe,blhe->bhl", d_out, out, preferred_element_type=jnp.float32) - d_lse
+    return jnp.einsum("blhe,blhe->bhl", d_out, out, preferred_element_type=d_lse.dtype) - d_lse
 
 
 def forward(spec: Spec, q, k, v, q_tokens: Tokens, kv_tokens: Tokens, slopes) -> Out:
     """Output [B, Lq, H, E] in ``spec.out_dtype`` and log-sum-exp [B, H, Lq] in float32."""
     scoring = Scoring(spec.mask, spec.scale, slopes)
-    length = q.shape[1]
-    if spec.one_tile(length, k.shape[1]):
-        parts = []
-        for rows, cols in spec.ranges(length, k.shape[1]):
+    if spec.one_tile(q.shape[1], k.shape[1]):
+        outs, lses = [], []
+        for rows, cols in spec.ranges(q.shape[1], k.shape[1]):
             keys = Keys(k[:, cols], v[:, cols], _cut(kv_tokens, cols))
             part = softmax_part(q[:, rows], _cut(q_tokens, rows), keys, scoring)
-            parts.append(part.finish(rows.stop - rows.start))
-        outs, lses = zip(*parts)
+            out, lse = part.finish(rows.stop - rows.start)
+            outs.append(out)
+            lses.append(lse)
         return jnp.concatenate(outs, axis=1).astype(spec.out_dtype), jnp.concatenate(lses, axis=2)
 
-    tiles = _Tiles.of(spec, q, k, q_tokens, kv_tokens)
+    tiles = spec.tiling(q, k, q_tokens, kv_tokens)
 
-    def query_block(args):
-        q, q_tokens, low, high = args
+    def query_block(block):
+        q, q_tokens, low, high = block
 
         def key_block(j, so_far):
             return so_far.join(softmax_part(q, q_tokens, tiles.keys(k, v, kv_tokens, j), scoring))
 
-        out, lse = jax.lax.fori_loop(low, high, key_block, Partial.empty(q, k.shape[2])).finish(q.shape[1])
+        out, lse = jax.lax.fori_loop(low, high, key_block, Partial.empty(q, k)).finish(q.shape[1])
         return out.astype(spec.out_dtype), lse
 
     blocks = (tiles.split(q, 1), tiles.split_tokens(q_tokens), tiles.low, tiles.high)
@@ -169,107 +179,38 @@ def backward(
 ) -> tuple[Float[Array, "B Lq H E"], Float[Array, "B Lk K E"], Float[Array, "B Lk K E"]]:
     """dq, dk, dv in float32, given ``lse`` of the whole softmax and :func:`row_delta`."""
     scoring = Scoring(spec.mask, spec.scale, slopes)
-    dk, dv = jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
+    dk, dv = jnp.zeros(k.shape, wide(q, k)), jnp.zeros(v.shape, wide(q, v))
     if spec.one_tile(q.shape[1], k.shape[1]):
-        parts = []
+        dqs = []
         for rows, cols in spec.ranges(q.shape[1], k.shape[1]):
             keys = Keys(k[:, cols], v[:, cols], _cut(kv_tokens, cols))
-            given = (q[:, rows], d_out[:, rows], lse[:, :, rows], delta[:, :, rows], _cut(q_tokens, rows))
-            dq, dk_part, dv_part = gradients(*given, keys, scoring)
+            known = (d_out[:, rows], lse[:, :, rows], delta[:, :, rows])
+            dq, dk_part, dv_part = gradients(q[:, rows], *known, _cut(q_tokens, rows), keys, scoring)
             dk, dv = dk.at[:, cols].add(dk_part), dv.at[:, cols].add(dv_part)
-            parts.append(dq)
-        return jnp.concatenate(parts, axis=1), dk, dv
+            dqs.append(dq)
+        return jnp.concatenate(dqs, axis=1), dk, dv
 
-    tiles = _Tiles.of(spec, q, k, q_tokens, kv_tokens)
+    tiles = spec.tiling(q, k, q_tokens, kv_tokens)
 
-    def query_block(sums, args):
-        *given, low, high = args
+    def query_block(key_sums, block):
+        q, d_out, lse, delta, q_tokens, low, high = block
 
         def key_block(j, sums):
             dq, dk, dv = sums
-            dq_part, dk_part, dv_part = gradients(*given, tiles.keys(k, v, kv_tokens, j), scoring)
+            keys = tiles.keys(k, v, kv_tokens, j)
+            dq_part, dk_part, dv_part = gradients(q, d_out, lse, delta, q_tokens, keys, scoring)
             return dq + dq_part, tiles.add(dk, dk_part, j), tiles.add(dv, dv_part, j)
 
-        dq, *sums = jax.lax.fori_loop(low, high, key_block, (jnp.zeros(given[0].shape, jnp.float32), *sums))
-        return tuple(sums), dq
+        start = (jnp.zeros(q.shape, wide(q, k)), *key_sums)
+        dq, dk, dv = jax.lax.fori_loop(low, high, key_block, start)
+        return (dk, dv), dq
 
     # The rows that fill up the last block get the probability exp(-inf) = 0.
-    rows = (tiles.split(d_out, 1), tiles.split(lse, 2, fill=-MASKED), tiles.split(delta, 2))
-    blocks = (tiles.split(q, 1), *rows, tiles.split_tokens(q_tokens), tiles.low, tiles.high)
+    known = (tiles.split(d_out, 1), tiles.split(lse, 2, fill=-MASKED), tiles.split(delta, 2))
+    blocks = (tiles.split(q, 1), *known, tiles.split_tokens(q_tokens), tiles.low, tiles.high)
     (dk, dv), dq = jax.lax.scan(query_block, (dk, dv), blocks)
     return tiles.join(dq, 1), dk, dv
 
 
-@dataclasses.dataclass(frozen=True)
-class _Tiles:
-    """How [Lq, Lk] is cut: ``count`` blocks of ``rows`` queries, and which blocks of ``cols`` keys each needs."""
-
-    length: int
-    rows: int
-    cols: int
-    kv_length: int
-    low: Int[Array, " N"]
-    high: Int[Array, " N"]
-
-    @classmethod
-    def of(cls, spec: Spec, q, k, q_tokens: Tokens, kv_tokens: Tokens) -> _Tiles:
-        length, kv_length = q.shape[1], k.shape[1]
-        rows, cols = min(spec.block, length), spec.key_block(length, kv_length)
-        n_rows, n_cols = -(-length // rows), -(-kv_length // cols)
-
-        def blocks(tokens: Tokens, size: int) -> Tokens:
-            return jax.tree.map(lambda x: _fill_up(x, 1, size, "edge").reshape(x.shape[0], -1, size), tokens)
-
-        needed = may_meet(spec.mask, blocks(q_tokens, rows), blocks(kv_tokens, cols)).any(0)
-        needed = jnp.broadcast_to(needed, (n_rows, n_cols))
-        some = needed.any(1)
-        low = jnp.where(some, needed.argmax(1), 0).astype(jnp.int32)
-        high = jnp.where(some, n_cols - needed[:, ::-1].argmax(1), 0).astype(jnp.int32)
-        return cls(length, rows, cols, kv_length, low, high)
-
-    def split(self, x: Array, axis: int, fill: float = 0.0) -> Array:
-        """Blocks of queries in front: [.., Lq, ..] to [N, .., rows, ..]."""
-        x = _fill_up(x, axis, self.rows, "constant", constant_values=fill)
-        x = x.reshape(*x.shape[:axis], -1, self.rows, *x.shape[axis + 1 :])
-        return jnp.moveaxis(x, axis, 0)
-
-    def split_tokens(self, tokens: Tokens) -> Tokens:
-        return jax.tree.map(lambda x: self.split(x, 1), tokens)
-
-    def join(self, x: Array, axis: int) -> Array:
-        """Inverse of :meth:`split`."""
-        x = jnp.moveaxis(x, 0, axis)
-        x = x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
-        return jax.lax.slice_in_dim(x, 0, self.length, axis=axis)
-
-    def start(self, j: Array) -> Array:
-        """First key of block j. The last block is moved back to end with the keys."""
-        return jnp.minimum(j * self.cols, self.kv_length - self.cols)
-
-    def keys(self, k: Array, v: Array, tokens: Tokens, j: Array) -> Keys:
-        start = self.start(j)
-        k, v, tokens = jax.tree.map(
-            lambda x: jax.lax.dynamic_slice_in_dim(x, start, self.cols, axis=1), (k, v, tokens)
-        )
-        if self.kv_length % self.cols:  # the keys that the block before has seen already do not count again
-            new = (start + jnp.arange(self.cols) >= j * self.cols)[None]
-            tokens = tokens._replace(valid=new if tokens.valid is None else tokens.valid & new)
-        return Keys(k, v, tokens)
-
-    def add(self, total: Array, part: Array, j: Array) -> Array:
-        """``total`` [B, Lk, ..] with ``part`` [B, cols, ..] added at key block j."""
-        start = self.start(j)
-        old = jax.lax.dynamic_slice_in_dim(total, start, self.cols, axis=1)
-        return jax.lax.dynamic_update_slice_in_dim(total, old + part, start, axis=1)
-
-
 def _cut(tokens: Tokens, part: slice) -> Tokens:
     return jax.tree.map(lambda x: x[:, part], tokens)
-
-
-def _fill_up(x: Array, axis: int, multiple: int, mode: str, **values: float) -> Array:
-    """``x`` padded at the end of ``axis`` to a multiple of ``multiple``."""
-    missing = -x.shape[axis] % multiple
-    if not missing:
-        return x
-    return jnp.pad(x, [(0, missing if a == axis else 0) for a in range(x.ndim)], mode=mode, **values)
