@@ -1,0 +1,52 @@
+"""Configs and parameters of published checkpoints, to ours and back.
+
+format = published.detect(raw)                                  # raw: the parsed config.json
+config = published.config_from(raw)
+params = published.params_from(config, weights, format)         # weights: name -> array
+weights = published.weights_from(config, params, format)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from models.config import LMConfig
+from models.functional import Tree
+from models.published.bamba import BAMBA
+from models.published.fields import config_from_fields
+from models.published.mamba2 import MAMBA2_HF, MAMBA2_ORIGINAL
+from models.published.nemotron_h import NEMOTRON_H
+from models.published.tensors import params_from_weights, weights_from_params
+
+FORMATS = {
+    "mamba2": MAMBA2_HF,
+    "mamba2_original": MAMBA2_ORIGINAL,
+    "bamba": BAMBA,
+    "nemotron_h": NEMOTRON_H,
+}
+
+
+def detect(raw: Mapping[str, Any]) -> str:
+    """The format of a published config. Raises ValueError if it is none of ``FORMATS``."""
+    format = "mamba2_original" if "ssm_cfg" in raw else raw.get("model_type")
+    if format not in FORMATS:
+        raise ValueError(f"published config: model_type={format!r} is unknown; known are {sorted(FORMATS)}")
+    return format
+
+
+def config_from(raw: Mapping[str, Any]) -> LMConfig:
+    """The ``LMConfig`` of a published config. Raises ValueError naming every field that cannot be met."""
+    return config_from_fields(raw, FORMATS[detect(raw)].fields)
+
+
+def params_from(config: LMConfig, weights: Mapping[str, Any], format: str, dtype: Any = np.float32) -> Tree:
+    """Nested dict of parameters. Raises ValueError naming every missing, unexpected or misshapen tensor."""
+    return params_from_weights(config, weights, FORMATS[format].names, dtype)
+
+
+def weights_from(config: LMConfig, params: Tree, format: str) -> dict[str, np.ndarray]:
+    """Published tensors of ``params``; what :func:`params_from` reads."""
+    return weights_from_params(config, params, FORMATS[format].names)
