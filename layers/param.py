@@ -24,7 +24,8 @@ def param(value: jax.Array, axes: Sequence[str | None], role: str) -> nnx.Param:
     """A trained array with one logical axis name (or None) per dimension, and a role."""
     if len(axes) != value.ndim:
         raise ValueError(f"parameter of shape {value.shape} needs {value.ndim} axis names, got {tuple(axes)}")
-    return nnx.Param(value, out_sharding=tuple(axes), role=role)
+    with nnx.use_eager_sharding(False):  # the names are metadata: no mesh is needed to make a layer
+        return nnx.Param(value, out_sharding=tuple(axes), role=role)
 
 
 def uniform_fan_in(key: jax.Array, shape: Sequence[int], dtype=jnp.float32) -> jax.Array:

@@ -60,6 +60,11 @@ def replicate_time(x: jax.Array) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, PartitionSpec(axes_dividing(mesh, BATCH, x.shape[0])))
 
 
+def replicate(x: jax.Array) -> jax.Array:
+    """Constrain ``x`` to be whole on every device: gathers a parameter before use."""
+    return x if active_mesh() is None else jax.lax.with_sharding_constraint(x, PartitionSpec())
+
+
 def sequence_parts() -> int:
     """Number of devices the time axis is split over under the active mesh (1 without one)."""
     mesh = active_mesh()

@@ -31,9 +31,9 @@ class TrainState:
     """
 
     step: Any  # trees of shardings and of shapes have this structure too
-    params: dict[str, Any]
+    params: PyTree
     opt_state: PyTree
-    extras: dict[str, PyTree]
+    extras: PyTree  # dict by name; orbax also builds this with other leaves
 
     @property
     def eval_params(self) -> dict[str, Any]:
