@@ -78,6 +78,6 @@ BAMBA = Format(
             "*": under("model.layers.{}.self_attn.", ATTENTION, norm="model.layers.{}.input_layernorm"),
             "-": under("model.layers.{}.feed_forward.", MLP, norm="model.layers.{}.pre_ff_layernorm"),
         },
-        per_layer=2,
+        layer=("M*", "-"),
     ),
 )

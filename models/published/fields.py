@@ -76,13 +76,12 @@ def _set(config: Any, dotted: str, value: Any) -> None:
 
 
 def _flatten(raw: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Fields of nested objects under dotted names, beside the objects themselves."""
     flat: dict[str, Any] = {}
     for name, value in raw.items():
-        value = _plain(value)
+        flat[prefix + name] = value = _plain(value)
         if isinstance(value, Mapping):
             flat |= _flatten(value, f"{prefix}{name}.")
-        else:
-            flat[prefix + name] = value
     return flat
 
 

@@ -19,6 +19,7 @@ def _mamba2_names(embedding: str, **options: Any) -> Names:
             "lm_head.weight": ("head.kernel",),
         },
         sublayers={"M": under("backbone.layers.{}.mixer.", MAMBA2, norm="backbone.layers.{}.norm")},
+        layer=("M",),
         embedding=embedding,
         **options,
     )

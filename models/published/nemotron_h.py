@@ -71,7 +71,16 @@ NEMOTRON_H = Format(
             "num_nextn_predict_layers": 0,
         },
         defaults={"tie_word_embeddings": False, **DYNAMICS_DEFAULTS},
-        aliases={"layer_types": "layers_block_type"},
+        aliases={
+            "layer_types": "layers_block_type",
+            "mamba_n_groups": "n_groups",
+            "mamba_d_conv": "conv_kernel",
+            "mamba_conv_bias": "use_conv_bias",
+            "mamba_dt_min": "time_step_min",
+            "mamba_dt_max": "time_step_max",
+            "mamba_dt_limit": "time_step_limit",
+            "mamba_dt_init_floor": "time_step_floor",
+        },
     ),
     Names(
         top={
@@ -83,6 +92,7 @@ NEMOTRON_H = Format(
             symbol: under("model.layers.{}.mixer.", table, norm="model.layers.{}.norm")
             for symbol, table in (("M", MAMBA2), ("*", ATTENTION), ("-", MLP))
         },
+        layer=("M*-",),
         embedding="model.embeddings.weight",
         renamed={"backbone.": "model."},  # as the files on the hub have it
     ),

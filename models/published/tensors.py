@@ -32,7 +32,7 @@ class Names:
         top: what exists once: published name to dotted parameters of the model.
         sublayers: per symbol of the pattern: published name, "{}" for the layer, to dotted parameters of the
             sub-layer. Names of parameters that a config does not have, such as biases, stand for nothing.
-        per_layer: sub-layers in a published layer.
+        layer: symbols that may stand at each place of a published layer; ("M*", "-") is a mixer, then an MLP.
         embedding, head: names in ``top``; a file may repeat the embedding as the head where they are tied.
         renamed: other beginnings of names, to the beginnings used here.
         padded_vocabulary: whether rows that only pad the vocabulary are part of the format.
@@ -40,7 +40,7 @@ class Names:
 
     top: Table
     sublayers: Mapping[str, Table]
-    per_layer: int = 1
+    layer: tuple[str, ...]
     embedding: str = "model.embed_tokens.weight"
     head: str = "lm_head.weight"
     renamed: Mapping[str, str] = dataclasses.field(default_factory=dict)
@@ -75,13 +75,13 @@ class Tensor:
 def params_from_weights(
     config: LMConfig, weights: Mapping[str, Any], names: Names, dtype: Any = np.float32
 ) -> Tree:
-    """Nested dict of parameters (numpy) from published tensors; each is read once, so they may be lazy.
+    """Nested dict of parameters (numpy) from published tensors, which are read one at a time.
 
     Rows of a padded vocabulary that the file does not have are zeros.
 
     Raises:
         ValueError: lists by name the tensors that are missing, unexpected, or of another shape, a head that
-            differs from the embedding it is tied to, or parameters of ``config`` the format has no name for.
+            differs from the embedding it is tied to, or what the format has no place for.
     """
     shapes = _shapes(config)
     expected = tensors(config, names, shapes)
@@ -93,7 +93,8 @@ def params_from_weights(
         head, embedding = found[names.head], found[names.embedding]
         if not np.array_equal(np.asarray(weights[head]), np.asarray(weights[embedding])):
             problems.append(f"{head} differs from {embedding}, to which it is tied")
-    problems += [f"unexpected {found[name]}" for name in sorted(extra)]
+    twice = set(weights) - set(found.values())  # under two of the renamed beginnings
+    problems += [f"unexpected {name}" for name in sorted({found[n] for n in extra} | twice)]
 
     flat = {path: np.zeros(shape, dtype) for path, shape in shapes.items()}
     for tensor in (t for t in expected if t.name in found):
@@ -111,7 +112,7 @@ def weights_from_params(config: LMConfig, params: Tree, names: Names) -> dict[st
     """Published tensors from a nested dict of parameters: the inverse of :func:`params_from_weights`.
 
     Raises:
-        ValueError: ``config`` has parameters the format has no name for.
+        ValueError: ``config`` has a pattern or parameters the format has no place for.
     """
     flat = nnx.traversals.flatten_mapping(params)
     weights = {}
@@ -129,15 +130,19 @@ def tensors(config: LMConfig, names: Names, shapes: Mapping[Path, tuple[int, ...
     """Every tensor of a published checkpoint of ``config``, for parameters of ``shapes``.
 
     Raises:
-        ValueError: a sub-layer or a parameter has no name in this format.
+        ValueError: the pattern or a parameter has no place in this format.
     """
     rows: list[tuple[str, Path, int | None, tuple[str, ...]]]
     rows = [(name, (), None, table) for name, table in names.top.items()]
+    size = len(names.layer)
+    if len(config.layers) % size or any(s not in names.layer[i % size] for i, s in enumerate(config.layers)):
+        expected = "".join(f"[{symbols}]" for symbols in names.layer)
+        raise ValueError(
+            f"model.pattern={config.pattern!r}: the checkpoint format has layers {expected} only"
+        )
     for i, (symbol, (prefix, index)) in enumerate(zip(config.layers, _slots(config))):
-        if symbol not in names.sublayers:
-            raise ValueError(f"model.pattern has {symbol!r}; the format only {sorted(names.sublayers)}")
         for name, table in names.sublayers[symbol].items():
-            rows.append((name.format(i // names.per_layer), prefix, index, table))
+            rows.append((name.format(i // size), prefix, index, table))
 
     found, unnamed = [], set(shapes)
     for name, prefix, index, table in rows:
