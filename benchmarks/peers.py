@@ -1,0 +1,72 @@
+"""Who is compared, what each needs installed, and what a peer can be asked to do."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import importlib.util
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from jaxtyping import Float, Int
+from numpy import ndarray
+
+from benchmarks.workload import Shape
+
+DECODE_STEPS = 64  # tokens of one timed decoding call
+
+
+class Peer(Protocol):
+    """A language model with the weights of ``workload.published_weights(shape)``, float32, on the CPU.
+
+    Each method but the first gives a call to be timed, which returns arrays or waits for its result.
+    """
+
+    def __init__(self, shape: Shape): ...
+
+    def logits(self, tokens: Int[ndarray, "B L"]) -> Float[ndarray, "B L V"]:
+        """Of every position, on no state."""
+
+    def train(self, tokens: Int[ndarray, "B L+1"]) -> Callable[[], Any]:
+        """One step: mean cross entropy of every next token, its gradient, one AdamW update."""
+
+    def prefill(self, tokens: Int[ndarray, "B L"]) -> Callable[[], Any]:
+        """Logits of the last token and the state after it."""
+
+    def decode(self, tokens: Int[ndarray, "B L"]) -> Callable[[], Any]:
+        """``DECODE_STEPS`` further tokens, each the most likely one, after the context ``tokens``."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """Where a peer is found: ``module:class``, the packages it imports, and what the reader is told."""
+
+    where: str
+    packages: tuple[str, ...]
+    about: str
+
+    def load(self) -> type[Peer]:
+        module, name = self.where.split(":")
+        return getattr(importlib.import_module(module), name)
+
+    def missing(self) -> str | None:
+        """Which package is not installed and the command that installs it, or None."""
+        absent = [p for p in self.packages if importlib.util.find_spec(p.replace("-", "_")) is None]
+        if not absent:
+            return None
+        return f"{' and '.join(absent)} not installed: pip install -e '.[bench]'"
+
+
+PEERS: dict[str, Entry] = {
+    "longspan": Entry("benchmarks.jax_peers:Longspan", (), "this repository, its own train step"),
+    "transformers": Entry(
+        "benchmarks.torch_peers:Transformers",
+        ("torch", "transformers"),
+        "Mamba2ForCausalLM as it runs on CPU: its torch path, one call a token",
+    ),
+    "torch-ssd": Entry(
+        "benchmarks.torch_peers:PlainTorch", ("torch",), "a plain torch chunked SSD (benchmarks/torch_ssd.py)"
+    ),
+    "mamba2-jax": Entry("benchmarks.jax_peers:Mamba2Jax", ("mamba2-jax",), "the PyPI package, jitted here"),
+}
+OURS = "longspan"

@@ -1,0 +1,126 @@
+"""One process per peer: no thread pools are shared, and a peer that dies does not end the comparison."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import multiprocessing
+import os
+import resource
+import sys
+from typing import Any
+
+import numpy as np
+
+from benchmarks.peers import PEERS
+from benchmarks.timing import Stopwatch
+from benchmarks.workload import Shape, random_tokens
+
+
+class PeerFailed(RuntimeError):
+    """The peer raised, or its process died; the message says which and how."""
+
+
+class Worker:
+    """A peer in a process of its own, idle between calls. Use as a context manager."""
+
+    def __init__(self, name: str, shape: Shape):
+        """
+        Raises:
+            PeerFailed: the peer cannot be built.
+        """
+        self.name = name
+        context = multiprocessing.get_context("spawn")
+        self._pool = concurrent.futures.ProcessPoolExecutor(1, mp_context=context)
+        try:
+            self._call(_build, name, shape)
+        except PeerFailed:
+            self._pool.shutdown()
+            raise
+
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown()
+
+    def logits(self, length: int) -> np.ndarray:
+        """[B, L, V] on the shared random tokens."""
+        return self._call(_logits, length)
+
+    def start(self, what: str, length: int) -> float | None:
+        """Prepare the work ``what`` (a method of the peer) on ``length`` tokens, and warm it up.
+
+        Returns:
+            Seconds of the first call, compilation included; None if the peer has no such method.
+        """
+        return self._call(_start, what, length)
+
+    def sample(self, what: str, length: int) -> float:
+        """Seconds per call of work that was started."""
+        return self._call(_sample, what, length)
+
+    def forget(self) -> None:
+        """Free what was started."""
+        self._call(_forget)
+
+    def peak_bytes(self) -> int:
+        """The most memory the process has held so far."""
+        return self._call(_peak_bytes)
+
+    def ask(self, method: str) -> Any:
+        """What a method of the peer without arguments returns."""
+        return self._call(_ask, method)
+
+    def _call(self, function: Any, *args: Any) -> Any:
+        try:
+            return self._pool.submit(function, *args).result()
+        except concurrent.futures.process.BrokenProcessPool as error:
+            raise PeerFailed(f"{self.name}: its process died, perhaps for want of memory") from error
+        except Exception as error:
+            first_line = str(error).partition("\n")[0]
+            raise PeerFailed(f"{self.name}: {type(error).__name__}: {first_line}") from error
+
+
+# What runs in the worker process.
+_held: dict[str, Any] = {}
+_watches: dict[tuple[str, int], Stopwatch] = {}
+
+
+def _build(name: str, shape: Shape) -> None:
+    import jax
+
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_enable_compilation_cache", False)  # compile times are reported
+    _held.update(peer=PEERS[name].load()(shape), shape=shape)
+
+
+def _logits(length: int) -> np.ndarray:
+    return _held["peer"].logits(random_tokens(_held["shape"], length))
+
+
+def _start(what: str, length: int) -> float | None:
+    make = getattr(_held["peer"], what, None)
+    if make is None:
+        return None
+    tokens = random_tokens(_held["shape"], length + 1)
+    watch = Stopwatch(make(tokens if what == "train" else tokens[:, :-1]))
+    _watches[what, length] = watch
+    return watch.warm_up()
+
+
+def _sample(what: str, length: int) -> float:
+    return _watches[what, length].sample()
+
+
+def _forget() -> None:
+    _watches.clear()
+
+
+def _peak_bytes() -> int:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _ask(method: str) -> Any:
+    return getattr(_held["peer"], method)()
