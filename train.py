@@ -67,9 +67,6 @@ class Setup:
     eval_step: Callable[[Any, Any], dict[str, Any]]
 
 
-# ------------------------------------------------------------------------------------------ what is computed
-
-
 def forward(
     model: Functional, task: LMTask, config: Experiment, params: Any, batch: Any, carry: Any
 ) -> tuple[dict[str, Any], Any, jax.Array]:
@@ -150,9 +147,6 @@ def setup(config: Experiment, devices: Sequence[jax.Device] | None = None) -> Se
     )
 
 
-# ------------------------------------------------------------------------------------------------- the loop
-
-
 def run(
     config: Experiment, workdir: epath.PathLike, devices: Sequence[jax.Device] | None = None
 ) -> dict[str, Any]:
@@ -170,8 +164,6 @@ def run(
             field, file or step. What was saved before stays.
     """
     meshes.initialize_distributed(config.distributed)
-    if config.train.compilation_cache:
-        jax.config.update("jax_compilation_cache_dir", config.train.compilation_cache)
     workdir, clock = epath.Path(workdir), Clock()
     with contextlib.ExitStack() as stack:
         stack.enter_context(jax.default_matmul_precision(config.train.matmul_precision))
@@ -271,7 +263,7 @@ class Loop:
 
     def evaluate(self, state: TrainState) -> dict[str, float]:
         """Metrics of every held-out set, recorded and shown."""
-        config, results = self.s.config.task, {}
+        config, results = self.s.config.task, dict[str, float]()
         size = config.eval_batch_size or config.batch_size
         with self.clock.measure("eval"):
             for name, data in self.s.task.eval_sets(local_rows(self.sharding, size)).items():
@@ -294,14 +286,14 @@ class Loop:
         parameter = values.pop("nonfinite_parameter")
         if parameter >= 0:
             path = parameter_paths(self.s.model.shapes)[parameter]
-            self.progress.note(f"step {done - 1}: update left out, the gradient of {path} is not finite")
+            self.progress.note(f"step {done - 1}: left out, the gradient of {path} is not finite")
         rate = self.clock.tokens_per_second()
         speed = {
             "tokens_per_second": rate,
             "mfu": mfu(rate and rate / self.tokens * self.flops, self.s.mesh.size, self.peak),
         }
         shown = {"loss": values["loss"], "bpb": values.get("bits_per_byte"), **speed}
-        self.progress.update(done, {**shown, "eta": self.clock.eta(config.steps - done)})
+        self.progress.update(done, shown | {"eta": self.clock.eta(config.steps - done)})
         if done % config.log_every == 0 or done == config.steps:
             record = {f"train/{name}": value for name, value in values.items()}
             record |= {f"speed/{name}": value for name, value in speed.items() if value is not None}
@@ -310,31 +302,21 @@ class Loop:
 
     def _nonfinite(self, step: int, values: Mapping[str, Any]) -> NonFiniteError:
         self.checkpoints.wait()
-        index, saved = values["nonfinite_parameter"], self.checkpoints.latest
-        paths = parameter_paths(self.s.model.shapes)
-        where = (
-            f"the first parameter with a non-finite gradient is {paths[index]}"
-            if index >= 0
-            else "gradients are finite"
-        )
-        last = (
-            f"the last good checkpoint is step {saved}"
-            if saved is not None
-            else "no checkpoint was saved before"
-        )
+        index, paths = values["nonfinite_parameter"], parameter_paths(self.s.model.shapes)
         return NonFiniteError(
-            f"step {step}: loss {values['loss']}; {where}; {last} in {self.workdir}. "
-            "Lower optim.lr, set optim.clip_norm, or leave such updates out with train.nonfinite='skip'"
+            f"step {step}: loss {values['loss']}; first parameter with a non-finite gradient: "
+            f"{paths[index] if index >= 0 else 'none'}; the last good checkpoint is step "
+            f"{self.checkpoints.latest or 'none'} in {self.workdir}. Lower optim.lr, "
+            "set optim.clip_norm, or leave such updates out with train.nonfinite='skip'"
         )
 
     def _plateau(self, state: TrainState, results: Mapping[str, float]) -> TrainState:
         if "plateau" not in state.extras:
             return state
-        controller = update_plateau(
-            state.extras["plateau"], results["validation/loss"], self.s.config.optim.schedule.plateau
-        )
-        sharding = self.s.abstract.step.sharding
-        return state.replace(extras={**state.extras, "plateau": jax.device_put(controller, sharding)})
+        plateau, loss = self.s.config.optim.schedule.plateau, results["validation/loss"]
+        controller = update_plateau(state.extras["plateau"], loss, plateau)
+        controller = jax.device_put(controller, self.s.abstract.step.sharding)
+        return dataclasses.replace(state, extras={**state.extras, "plateau": controller})
 
     def _profile(self, step: int) -> None:
         config = self.s.config.train
@@ -342,9 +324,6 @@ class Loop:
             jax.profiler.start_trace(str(self.workdir / "profile"))
         if config.profile_steps and step == config.profile_at + config.profile_steps:
             jax.profiler.stop_trace()
-
-
-# ------------------------------------------------------------------------------------------------ the program
 
 
 def main(argv: list[str]) -> None:

@@ -24,7 +24,6 @@ class TrainConfig:
         nonfinite: "stop" ends the run at the first non-finite loss or gradient, "skip" drops that update.
         matmul_precision: of float32 matmuls on accelerators: "default", "high", "highest" or "tensorfloat32".
         profile_at, profile_steps: trace this many steps from this step on into WORKDIR/profile; 0 for none.
-        compilation_cache: directory of the persistent compilation cache, "" for none.
         wandb: project to log to as well, "" for none.
         baselines: at the end, compare with n-gram models and xz on the same split (byte corpora only).
         sample_prompt, sample_length: continuation written at the end; length 0 for none.
@@ -38,7 +37,6 @@ class TrainConfig:
     matmul_precision: str = "default"
     profile_at: int = 0
     profile_steps: int = 0
-    compilation_cache: str = ""
     wandb: str = ""
     baselines: bool = False
     sample_prompt: str = "def "

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from layers.param import Initializer, normal, param
@@ -36,7 +36,7 @@ class Embedding(nnx.Module):
         self.positions = None if max_positions is None else param(positions, axes, "embedding/position")
 
     def __call__(
-        self, tokens: Int[Array, "B L"], positions: Int[Array, "B L"], dtype: jnp.dtype
+        self, tokens: Int[Array, "B L"], positions: Int[Array, "B L"], dtype: DTypeLike
     ) -> Float[Array, "B L D"]:
         # Gathered like any other sharded weight; looked up in a split table, activations would be gathered.
         x = spmd.replicate(self.table[...].astype(dtype))[tokens]

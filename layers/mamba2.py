@@ -152,7 +152,7 @@ class Mamba2(nnx.Module):
         ys, tails = causal_conv1d_together(
             [projected[n] for n in names],
             [self.conv[n].weight[...] for n in names],
-            [self.conv[n].bias[...] if self.config.conv_bias else None for n in names],
+            [self.conv[n].bias_or_none() for n in names],
             initial_states=[before["conv"][n] for n in names],
             segment_ids=ctx.segment_ids,
             activation="silu",
@@ -187,6 +187,9 @@ class ConvWeights(nnx.Module):
         bias = jax.random.uniform(rngs.params(), (channels,), jnp.float32, -bound, bound)
         self.weight = param(weight, (None, axis), "conv")
         self.bias = param(bias, (axis,), "vector") if config.conv_bias else None
+
+    def bias_or_none(self) -> Float[Array, " C"] | None:
+        return None if self.bias is None else self.bias[...]
 
 
 def _init_A_log(key: jax.Array, heads: int, config: Mamba2Config) -> Float[Array, " H"]:

@@ -3,6 +3,7 @@
 # No ``from __future__ import annotations`` here: command-line overrides read the field types at run time.
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ from jaxtyping import Array, Float
 from layers.param import Initializer, Linear, uniform_fan_in
 from layers.types import Context
 
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu": functools.partial(jax.nn.gelu, approximate=False),
     "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),  # GPT-2's "gelu_new"
     "relu2": lambda x: jnp.square(jax.nn.relu(x)),  # Nemotron-H

@@ -7,6 +7,7 @@ import functools
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from layers.param import param
@@ -70,7 +71,7 @@ class RMSNorm(nnx.Module):
         self,
         x: Float[Array, "*b C"],
         gate: Float[Array, "*b C"] | None = None,
-        dtype: jnp.dtype | None = None,
+        dtype: DTypeLike | None = None,
     ) -> Float[Array, "*b C"]:
         """The result has ``dtype``, or that of ``x``."""
         out_dtype = dtype or x.dtype
@@ -91,7 +92,7 @@ class LayerNorm(nnx.Module):
         self.scale = param(jnp.ones(features), (axis,), "vector/norm")
         self.bias = param(jnp.zeros(features), (axis,), "vector/norm")
 
-    def __call__(self, x: Float[Array, "*b C"], dtype: jnp.dtype | None = None) -> Float[Array, "*b C"]:
+    def __call__(self, x: Float[Array, "*b C"], dtype: DTypeLike | None = None) -> Float[Array, "*b C"]:
         """The result has ``dtype``, or that of ``x``."""
         out_dtype = dtype or x.dtype
         x = x.astype(jnp.promote_types(x.dtype, jnp.float32))

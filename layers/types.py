@@ -77,10 +77,11 @@ class Context:
 
     def carried(self, state: State) -> State:
         """``state`` [B, ...] where the piece continues it, zeros in rows that start a new segment."""
-        if self.continues is None or state is None:
+        continues = self.continues
+        if continues is None or state is None:
             return state
         return jax.tree.map(
-            lambda s: jnp.where(self.continues.reshape(-1, *[1] * (s.ndim - 1)), s, jnp.zeros_like(s)), state
+            lambda s: jnp.where(continues.reshape(-1, *[1] * (s.ndim - 1)), s, jnp.zeros_like(s)), state
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -36,11 +37,15 @@ def _attention(**kw: Any) -> AttentionConfig:
     return AttentionConfig(**{"num_heads": 4, "num_kv_heads": 2, "head_dim": 8, **kw})
 
 
+def _build(module: Callable[..., Any], config: Any, rngs: nnx.Rngs) -> Any:
+    return module(TINY_D_MODEL, config, rngs=rngs)
+
+
 # A tiny instance of every mixer, and of every variant whose streaming differs: d_model -> module.
 # An architecture added here is held to every law in tests/laws with no new test code.
 TINY_D_MODEL = 32
 TINY_MIXERS: dict[str, Callable[[nnx.Rngs], Any]] = {
-    name: lambda rngs, module=module, config=config: module(TINY_D_MODEL, config, rngs=rngs)
+    name: functools.partial(_build, module, config)
     for name, module, config in (
         ("mamba2", Mamba2, Mamba2Config(d_state=16, headdim=8, chunk_size=8)),
         ("mamba2_groups", Mamba2, Mamba2Config(d_state=16, headdim=8, n_groups=2, chunk_size=8)),

@@ -50,8 +50,15 @@ def causal_conv1d(
         ValueError: shapes that do not fit together; 2^31 elements of ``x`` or more on one device; an
             unknown activation or implementation.
     """
-    options = {"segment_ids": segment_ids, "activation": activation, "implementation": implementation}
-    y, final = causal_conv1d_together((x,), (weight,), (bias,), initial_states=(initial_state,), **options)
+    y, final = causal_conv1d_together(
+        (x,),
+        (weight,),
+        (bias,),
+        initial_states=(initial_state,),
+        segment_ids=segment_ids,
+        activation=activation,
+        implementation=implementation,
+    )
     return y[0], final[0]
 
 
@@ -86,12 +93,12 @@ def causal_conv1d_together(
         jnp.zeros((x.shape[0], w.shape[0] - 1, x.shape[2]), x.dtype) if state is None else state
         for x, w, state in zip(xs, weights, initial_states)
     ]
-    biases = [jnp.zeros(x.shape[2], w.dtype) if b is None else b for x, w, b in zip(xs, weights, biases)]
+    offsets = [jnp.zeros(x.shape[2], w.dtype) if b is None else b for x, w, b in zip(xs, weights, biases)]
     mesh = spmd.active_mesh()
     if mesh is None:
-        results = [local(*inputs, segment_ids) for inputs in zip(xs, weights, biases, states)]
+        results = [local(*inputs, segment_ids) for inputs in zip(xs, weights, offsets, states)]
     else:
-        results = sharded.causal_conv1d(local, mesh, list(zip(xs, weights, biases, states)), segment_ids)
+        results = sharded.causal_conv1d(local, mesh, list(zip(xs, weights, offsets, states)), segment_ids)
     return [y for y, _ in results], [final.astype(s.dtype) for (_, final), s in zip(results, states)]
 
 

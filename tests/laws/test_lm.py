@@ -65,7 +65,7 @@ def test_loss_is_the_same_on_every_mesh(corpus, one_device, shape):
 @pytest.mark.parametrize("pattern", ["M", "*"])
 def test_collectives_along_the_sequence(corpus, pattern):
     """Forward over four shards of time: per Mamba-2 layer one halo permute and one gather; per attention
-    layer the two permutes (keys with values, ids) of the ring's loop. The difference of two depths is what a layer costs."""
+    layer the two permutes (keys with values, ids) of the ring's loop. Counted as what a deeper model adds."""
     counts = []
     for depth in (1, 2):
         experiment = tiny(corpus, mesh=MeshConfig(1, 1, 1, 4))

@@ -154,7 +154,9 @@ def test_checkpoint_of_another_architecture(corpus, tmp_path, finished):
     shutil.copytree(finished[0], tmp_path / "run")
     experiment = tiny(corpus)
     experiment.model.d_model = 48
-    with pytest.raises(ArchitectureError, match=r"in_B/kernel: found float32\[2,32,32\], expected float32\[2,48,32\]"):
+    with pytest.raises(
+        ArchitectureError, match=r"in_B/kernel: found float32\[2,32,32\], expected float32\[2,48,32\]"
+    ):
         run(experiment, tmp_path / "run")
     assert sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir()) == ["4", "8"]
 
