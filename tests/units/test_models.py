@@ -11,7 +11,7 @@ from layers.attention import AttentionConfig
 from layers.mamba2 import Mamba2Config
 from layers.mlp import MLPConfig
 from layers.types import Context
-from models import pattern
+from models import backbone, pattern
 from models.config import LMConfig
 from models.functional import Functional, parameter_count
 from models.lm import LM
@@ -56,7 +56,7 @@ def test_pattern_repeats():
 
 
 def test_stacked_layers_equal_the_same_layers_apart():
-    """The run "MM" is one scan over stacked weights."""
+    """The run "MM" has stacked weights."""
     model, params = build()
     bound, ctx = model.bind(params), Context.create(2, 24)
     hidden = bound(TOKENS)[0]
@@ -67,6 +67,21 @@ def test_stacked_layers_equal_the_same_layers_apart():
                 one = layer if run.repeats == 1 else jax.tree.map(lambda p, i=i: p[i], layer)
                 x, _ = one(x, None, ctx)
     np.testing.assert_allclose(bound.norm(x), hidden, atol=1e-5)
+
+
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_scanned_runs_equal_unrolled_ones(remat, monkeypatch):
+    model, params = build(dataclasses.replace(CONFIG, pattern="MM", remat=remat))
+
+    def results():
+        state = model.bind(params).init_state(2, 24)
+        objective = lambda p: jnp.sum(jnp.sin(model.bind(p)(TOKENS)[0]))  # noqa: E731
+        return jax.jit(lambda p: (model.bind(p)(TOKENS, state)[:2], jax.grad(objective)(p)))(params)
+
+    unrolled = results()
+    monkeypatch.setattr(backbone, "UNROLLED", 0)
+    close = lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-4)  # noqa: E731
+    jax.tree.map(close, results(), unrolled)
 
 
 @pytest.mark.parametrize("splits", [(24,), (7, 17), (1,) * 24], ids=str)
