@@ -20,7 +20,7 @@ from etils import epath
 from ml_collections import config_flags
 
 from configs import overrides
-from configs.base import Experiment
+from configs.base import ConfigError, Experiment
 from eval import language
 from eval.heldout import evaluate
 from models.functional import Functional, parameter_count
@@ -31,26 +31,19 @@ from runtime import run_record
 from runtime.checkpoint import CheckpointError, Checkpoints
 from runtime.clock import Clock, mfu, peak_flops
 from runtime.feed import DataError, Feed, local_rows
+from runtime.host import restart_with_tuned_malloc
 from runtime.optimizer import format_table, group_table, make_optimizer
 from runtime.preemption import Preemption
 from runtime.progress import Progress
 from runtime.restore import ArchitectureError
 from runtime.schedule import update_plateau
 from runtime.state import TrainState, init_state
-from runtime.step import TrainStep, make_train_step, parameter_paths
+from runtime.step import NonFiniteError, TrainStep, make_train_step, parameter_paths
 from runtime.writers import Writers, open_writers
 from tasks.lm import LMTask
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment: configs/NAME.py[:ARG].")
 WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run, local or gs://.")
-
-
-class ConfigError(ValueError):
-    """A setting cannot work; the message names it."""
-
-
-class NonFiniteError(RuntimeError):
-    """The loss or a gradient is not finite."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -220,11 +213,10 @@ class Loop:
     ):
         self.s, self.checkpoints, self.writers = s, checkpoints, writers
         self.progress, self.clock, self.workdir = progress, clock, workdir
-        config = s.config
-        self.tokens = config.task.batch_size * config.task.seq_len
+        self.tokens = s.config.task.batch_size * s.config.task.seq_len
         self.sharding = meshes.batch_sharding(s.mesh)
-        # A backward pass costs twice the forward.
-        self.flops = 3 * s.model.bind(s.model.shapes).flops_per_token(config.task.seq_len) * self.tokens
+        per_token = s.model.bind(s.model.shapes).flops_per_token(s.config.task.seq_len)
+        self.flops = 3 * per_token * self.tokens  # a backward pass costs twice the forward
         self.peak = peak_flops(jax.devices()[0])
 
     def train(self, state: TrainState, start: int) -> tuple[TrainState, str]:
@@ -319,17 +311,18 @@ class Loop:
         return dataclasses.replace(state, extras={**state.extras, "plateau": controller})
 
     def _profile(self, step: int) -> None:
-        config = self.s.config.train
-        if config.profile_steps and step == config.profile_at:
+        first, count = self.s.config.train.profile_at, self.s.config.train.profile_steps
+        if count and step == first:
             jax.profiler.start_trace(str(self.workdir / "profile"))
-        if config.profile_steps and step == config.profile_at + config.profile_steps:
+        if count and step == first + count:
             jax.profiler.stop_trace()
 
 
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected argument {argv[1]!r}; settings are --config.FIELD=VALUE")
-    logging.getLogger("absl").setLevel(logging.WARNING)  # orbax tells every write
+    for name in ("absl", "jax"):  # orbax tells every write, jax every backend it does not find
+        logging.getLogger(name).setLevel(logging.WARNING)
     try:
         run(CONFIG.value, WORKDIR.value)
     except (ConfigError, ArchitectureError, CheckpointError, DataError, NonFiniteError) as error:
@@ -340,11 +333,12 @@ def parse_flags(argv: list[str]) -> list[str]:
     """absl's parser, with unknown config fields explained."""
     try:
         overrides.check(argv)
-    except (ValueError, FileNotFoundError) as error:
+        return flags.FLAGS(argv)
+    except (ValueError, FileNotFoundError, flags.Error) as error:
         sys.exit(f"{type(error).__name__}: {error}")
-    return flags.FLAGS(argv)
 
 
 if __name__ == "__main__":
+    restart_with_tuned_malloc()
     flags.mark_flags_as_required(["config", "workdir"])
     app.run(main, flags_parser=parse_flags)

@@ -12,6 +12,10 @@ from runtime.optimizer import OptimConfig
 from tasks.lm import LMTaskConfig
 
 
+class ConfigError(ValueError):
+    """A setting cannot work; the message names it."""
+
+
 @dataclasses.dataclass
 class TrainConfig:
     """The loop.

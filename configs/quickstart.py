@@ -35,8 +35,8 @@ def get_config() -> Experiment:
             b2=0.98,
             schedule=ScheduleConfig(kind="linear", warmup_fraction=0.02),
         ),
-        checkpoint=CheckpointConfig(every=500),
+        checkpoint=CheckpointConfig(every=1000),
         train=TrainConfig(
-            steps=2200, eval_every=550, baselines=True, sample_prompt="def read(self, ", sample_length=600
+            steps=4000, eval_every=1000, baselines=True, sample_prompt="def read(self, ", sample_length=600
         ),
     )

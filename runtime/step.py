@@ -33,6 +33,10 @@ REPORTED = (
 """Names of the step's own metrics; a task's metrics have other names."""
 
 
+class NonFiniteError(RuntimeError):
+    """The loss or a gradient of a step is not finite."""
+
+
 class Gradient(NamedTuple):
     """Sums over a (micro)batch: gradient of the loss sum, (sum, weight) by metric, and the carried states."""
 
