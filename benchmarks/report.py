@@ -13,10 +13,11 @@ if TYPE_CHECKING:
     from benchmarks.lm import Run
 
 METHOD = (
-    "Float32 on all cores of the CPU; medians of samples taken in turns, compilation apart. A training step "
-    "is the mean cross entropy of every next token, its gradient and one AdamW update; ours also clips the "
-    "gradient, reports norms and checks for NaN. Decoding is greedy; JAX peers decode "
-    f"{DECODE_STEPS} tokens a call in a compiled scan, and again one token a call, as torch does."
+    "Float32 on all cores of the CPU; medians of samples taken in turns, compilation apart. Every peer runs "
+    "with the malloc settings of runtime/host.py. A training step is the mean cross entropy of every next "
+    "token, its gradient and one AdamW update; ours also clips the gradient, reports norms and checks for NaN. "
+    f"Decoding is greedy; JAX peers decode {DECODE_STEPS} tokens a call in a compiled scan, and again one token "
+    "a call, as torch does."
 )
 
 

@@ -9,11 +9,13 @@ import resource
 import sys
 from typing import Any
 
+import jax
 import numpy as np
 
 from benchmarks.peers import PEERS
 from benchmarks.timing import Stopwatch
 from benchmarks.workload import Shape, random_tokens
+from runtime.host import TUNABLES
 
 
 class PeerFailed(RuntimeError):
@@ -29,6 +31,10 @@ class Worker:
             PeerFailed: the peer cannot be built.
         """
         self.name = name
+        if (
+            sys.platform == "linux"
+        ):  # for every peer what our programs set for themselves; processes inherit it
+            os.environ.setdefault("GLIBC_TUNABLES", TUNABLES)
         context = multiprocessing.get_context("spawn")
         self._pool = concurrent.futures.ProcessPoolExecutor(1, mp_context=context)
         try:
@@ -87,8 +93,6 @@ _watches: dict[tuple[str, int], Stopwatch] = {}
 
 
 def _build(name: str, shape: Shape) -> None:
-    import jax
-
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_enable_compilation_cache", False)  # compile times are reported
