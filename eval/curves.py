@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from etils import epath
 from matplotlib.figure import Figure
 
@@ -37,26 +38,35 @@ def plot_loss(
     """
     metric = "bits_per_byte" if any("train/bits_per_byte" in r for r in records) else "loss"
     label = {"bits_per_byte": "bits per byte", "loss": "nats per token"}[metric]
-    figure = Figure(figsize=(7.2, 4.2), dpi=130, layout="constrained")
+    figure = Figure(figsize=(7.6, 4.2), dpi=130, layout="constrained")
     axes = figure.subplots()
-    finals = []
-    for split, style in (
-        ("train", {"lw": 1.0, "alpha": 0.6}),
-        ("validation", {"lw": 1.8, "marker": "o", "ms": 3}),
-    ):
-        points = [
-            (r["step"], r[f"{split}/{metric}"]) for r in records if r.get(f"{split}/{metric}") is not None
-        ]
-        if points:
-            axes.plot(*zip(*points), label=f"{split}, last {points[-1][1]:.3f}", **style)
-            finals.append(points[-1][1])
+    values = []
+    for split, colour in (("train", "tab:blue"), ("validation", "tab:orange")):
+        points = [(r["step"], r[f"{split}/{metric}"]) for r in records if f"{split}/{metric}" in r]
+        steps, raw = np.array([p for p in points if isinstance(p[1], float)]).reshape(-1, 2).T
+        if split == "train":
+            axes.plot(steps, raw, lw=0.6, alpha=0.3, color=colour)
+            raw = _running_mean(raw)
+        if raw.size:
+            marker = "o" if split == "validation" else ""
+            axes.plot(steps, raw, lw=1.6, color=colour, marker=marker, ms=3, label=f"{split} {raw[-1]:.3f}")
+            values += [raw[-1], *raw[raw.size // 4 :: max(raw.size // 50, 1)]]
     for i, (name, value) in enumerate((reference or {}).items()):
         axes.axhline(value, ls=("--", "-.", ":")[i % 3], lw=1, color="0.4", label=f"{name} {value:.3f}")
-    low = min([*finals, *(reference or {}).values(), 8.0])
-    high = max([*(v * 1.25 for v in finals), *(v * 1.1 for v in (reference or {}).values()), low + 0.5])
-    axes.set_ylim(low - 0.1, high)
+        values.append(value)
+    if values:
+        axes.set_ylim(min(values) - 0.1, max(values) + 0.3)
     axes.set(xlabel="step", ylabel=label, title=title)
     axes.grid(alpha=0.25)
-    axes.legend(frameon=False, fontsize=8)
+    axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     with epath.Path(path).open("wb") as file:
         figure.savefig(file, format="png")
+
+
+def _running_mean(values: np.ndarray, share: float = 0.03) -> np.ndarray:
+    """Mean over the last ``share`` of all values (at least one) at each point."""
+    width = max(int(values.size * share), 1)
+    sums = np.cumsum(np.concatenate([[0.0], values]))
+    ends = np.arange(1, values.size + 1)
+    starts = np.maximum(ends - width, 0)
+    return (sums[ends] - sums[starts]) / (ends - starts)
