@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 METHOD = (
     "Float32 on all cores of the CPU; medians of samples taken in turns, compilation apart. Every peer runs "
     "with the malloc settings of runtime/host.py. A training step is the mean cross entropy of every next "
-    "token, its gradient and one AdamW update; ours also clips the gradient, reports norms and checks for NaN. "
-    f"Decoding is greedy; JAX peers decode {DECODE_STEPS} tokens a call in a compiled scan, and again one token "
-    "a call, as torch does."
+    "token, its gradient and one AdamW update; ours also clips the gradient, reports norms and checks for "
+    f"NaN. Decoding is greedy; JAX peers decode {DECODE_STEPS} tokens a call in a compiled scan, and again one "
+    "token a call, as torch does."
 )
 
 
