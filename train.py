@@ -94,6 +94,7 @@ def setup(config: Experiment, devices: Sequence[jax.Device] | None = None) -> Se
         mesh = meshes.make_mesh(config.mesh, devices)
         meshes.check_batch(mesh, config.task.batch_size, config.task.seq_len, config.optim.accumulation)
         task = LMTask(config.task)
+        meshes.check_batch(mesh, *task.eval_shape, prefix="eval_")
         if task.vocab_size > config.model.vocab_size:
             raise ValueError(
                 f"model.vocab_size={config.model.vocab_size}, but task.source has ids up to "
@@ -255,8 +256,7 @@ class Loop:
 
     def evaluate(self, state: TrainState) -> dict[str, float]:
         """Metrics of every held-out set, recorded and shown."""
-        config, results = self.s.config.task, dict[str, float]()
-        size = config.eval_batch_size or config.batch_size
+        size, results = self.s.task.eval_shape[0], dict[str, float]()
         with self.clock.measure("eval"):
             for name, data in self.s.task.eval_sets(local_rows(self.sharding, size)).items():
                 with Feed(data, self.sharding, size, end_step=len(data)) as feed:

@@ -46,7 +46,8 @@ def finish(
         for line in comparison(results["validation/bits_per_byte"], references):
             say(line)
     text = None
-    if config.sample_length and task.tokenizer is not None:
+    # Sampling fetches tokens as it goes, which needs every parameter within reach of this process.
+    if config.sample_length and task.tokenizer is not None and jax.process_count() == 1:
         text = sample(model, task, params, config.sample_prompt, config.sample_length, config.seed)
         say(f"sample, after {config.sample_prompt!r}:\n{text}")
     if jax.process_index() == 0:

@@ -242,19 +242,23 @@ def carry_shardings(mesh: Mesh, carry: PyTree, carry_axes: PyTree = 0) -> PyTree
     return jax.tree.map(lambda axis, part: jax.tree.map(lambda _: sharding(axis), part), carry_axes, carry)
 
 
-def check_batch(mesh: Mesh, batch_size: int, seq_len: int, microbatches: int = 1) -> None:
-    """Raises ValueError, naming the field, unless every device gets equal parts of every microbatch."""
+def check_batch(mesh: Mesh, batch_size: int, seq_len: int, microbatches: int = 1, prefix: str = "") -> None:
+    """Raises ValueError, naming the field, unless every device gets equal parts of every microbatch.
+
+    Args:
+        prefix: of the field names, such as "eval_".
+    """
     rows = math.prod(mesh.shape[axis] for axis in BATCH)
     unit = rows * microbatches
     if batch_size < 1 or batch_size % unit:
         raise ValueError(
-            f"task.batch_size={batch_size} must be a multiple of {unit} = mesh.data {mesh.shape['data']} x "
-            f"mesh.fsdp {mesh.shape['fsdp']} x optim.accumulation {microbatches}; "
+            f"task.{prefix}batch_size={batch_size} must be a multiple of {unit} = "
+            f"mesh.data {mesh.shape['data']} x mesh.fsdp {mesh.shape['fsdp']} x optim.accumulation {microbatches}; "
             f"{max(math.ceil(batch_size / unit), 1) * unit} would work."
         )
     parts = mesh.shape["sequence"]
     if seq_len < 1 or seq_len % parts:
         raise ValueError(
-            f"task.seq_len={seq_len} must be a multiple of mesh.sequence={parts}; "
+            f"task.{prefix}seq_len={seq_len} must be a multiple of mesh.sequence={parts}; "
             f"{max(math.ceil(seq_len / parts), 1) * parts} would work."
         )

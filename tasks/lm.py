@@ -44,7 +44,7 @@ class LMTask:
     """Next-token prediction with document-aware packing; a `tasks.types.Task`.
 
     ``training`` and ``validation`` are the corpora, ``manifest`` the files of a byte source (else None),
-    ``tokenizer`` turns text into ids (None for token arrays).
+    ``tokenizer`` turns text into ids (None for token arrays); ``eval_shape`` is (B, L) of validation batches.
 
     Raises:
         FileNotFoundError, ValueError: from the source, the layout, or a corpus below one batch.
@@ -57,7 +57,9 @@ class LMTask:
             layout,
             batch_size=config.batch_size if config.eval_batch_size is None else config.eval_batch_size,
             seq_len=config.seq_len if config.eval_seq_len is None else config.eval_seq_len,
+            carry_state=False,  # every validation batch is evaluated from an empty state
         )
+        self.eval_shape = (eval_layout.batch_size, eval_layout.seq_len)
         if config.eval_batches is not None and config.eval_batches < 1:
             raise ValueError(
                 f"task.eval_batches must be at least 1, or None for all, got {config.eval_batches}"

@@ -195,6 +195,7 @@ def with_field(corpus, field, value):
         ("train.steps", 0, "train.steps=0"),
         ("optim.schedule.kind", "cosin", "schedule.kind"),
         ("optim.accumulation", 3, "optim.accumulation"),
+        ("task.eval_seq_len", 0, "eval_seq_len|seq_len"),
     ],
     ids=lambda v: str(v)[:24],
 )
@@ -207,6 +208,15 @@ def test_indivisible_mesh_names_the_field(corpus):
     experiment = tiny(corpus, mesh=MeshConfig(1, 1, 1, 8))
     experiment.task.seq_len = 36
     with pytest.raises(train.ConfigError, match=r"task.seq_len=36 must be a multiple of mesh.sequence=8; 40"):
+        train.setup(experiment)
+
+
+def test_indivisible_evaluation_names_the_field(corpus):
+    experiment = tiny(corpus, mesh=MeshConfig(8))
+    experiment.task.eval_batch_size = 12
+    with pytest.raises(
+        train.ConfigError, match=r"task.eval_batch_size=12 must be a multiple of 8 = mesh.data 8"
+    ):
         train.setup(experiment)
 
 
