@@ -253,7 +253,8 @@ def check_batch(mesh: Mesh, batch_size: int, seq_len: int, microbatches: int = 1
     if batch_size < 1 or batch_size % unit:
         raise ValueError(
             f"task.{prefix}batch_size={batch_size} must be a multiple of {unit} = "
-            f"mesh.data {mesh.shape['data']} x mesh.fsdp {mesh.shape['fsdp']} x optim.accumulation {microbatches}; "
+            f"mesh.data {mesh.shape['data']} x mesh.fsdp {mesh.shape['fsdp']} x "
+            f"optim.accumulation {microbatches}; "
             f"{max(math.ceil(batch_size / unit), 1) * unit} would work."
         )
     parts = mesh.shape["sequence"]
