@@ -70,13 +70,13 @@ def matmul_rate() -> float:
 
 
 def read_rate(size: int, repeats: int = 7) -> float:
-    """Bytes/s at which ``size`` bytes are read over and over by a matrix-vector product (median).
+    """Bytes/s at which ``size`` bytes are read over and over by a matrix-vector product, at best.
 
     What decoding does with its weights. 256 MiB measures memory; a size that fits a cache, that cache.
     """
     matrix = np.ones((max(1, size // 4096), 1024), np.float32)
     vector = np.ones(1024, np.float32)
-    return matrix.nbytes / measure(lambda: matrix @ vector, repeats, min_seconds=0.05).median
+    return matrix.nbytes / measure(lambda: matrix @ vector, repeats, min_seconds=0.05).best
 
 
 def floors(shape: Shape) -> dict[str, float]:

@@ -87,3 +87,13 @@ class Record:
     @property
     def median(self) -> float:
         return statistics.median(self.samples)
+
+    @property
+    def steady(self) -> bool:
+        """Whether the samples agree: the middle half of them within a fifth of the median.
+
+        On a busy machine they do not, and its medians compare nothing: torch, whose threads wait for each
+        other by spinning, slows down twentyfold where jax slows down twofold.
+        """
+        rest = sorted(self.samples)[len(self.samples) // 4 : -(len(self.samples) // 4) or None]
+        return rest[-1] - rest[0] <= 0.2 * self.median

@@ -23,7 +23,7 @@ def show(found: dict[str, Any], console: Console) -> None:
     machine = found["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     console.print(
-        f"{machine['cpu']}, {machine['cores']} cores, load {machine['load_1min']} before the start, "
+        f"{machine['cpu']}, {machine['cores']} cores, load {machine['load_1min']} at the start, "
         f"{machine['date']}; {versions}\n{found['method']}"
     )
     for length in found["plan"]["lengths"]:
@@ -33,6 +33,10 @@ def show(found: dict[str, Any], console: Console) -> None:
     for table in (_peers(found), _growth(found), _contexts(found), _targets(found)):
         if table.row_count:
             console.print(table)
+    if not all(r["steady"] for r in found["records"]):
+        console.print(
+            "[yellow](!) the samples disagree: the machine was busy. Repeat before quoting.[/yellow]"
+        )
 
 
 def _table(title: str, *columns: str) -> Table:
@@ -55,7 +59,7 @@ def _rows(found: dict[str, Any], what: str, length: int) -> Table | None:
         table.add_row(
             r["peer"],
             seconds(r["median"]),
-            f"{seconds(min(r['samples']))} - {seconds(max(r['samples']))}",
+            f"{seconds(min(r['samples']))} - {seconds(max(r['samples']))}{'' if r['steady'] else ' (!)'}",
             f"{r['median'] / ours:.2f}",
             f"{r['tokens_per_second']:,.0f}",
             seconds(r["compile_seconds"]),
@@ -89,7 +93,7 @@ def _growth(found: dict[str, Any]) -> Table:
         *columns,
     )
     median = Medians(found)
-    lengths = median.lengths("scaling", OURS, "train")
+    lengths = [key[-1] for key in median.keys_of("scaling", OURS, "train")]
     for length in lengths:
         cells = []
         for what in ("train", "prefill"):
@@ -109,7 +113,7 @@ def _contexts(found: dict[str, Any]) -> Table:
         *("context", "per token", "times reading from memory", "from cache", "carried bytes"),
     )
     median = Medians(found)
-    for context in median.lengths("contexts", OURS, "decode"):
+    for *_, context in median.keys_of("contexts", OURS, "decode"):
         taken = median["contexts", OURS, "decode", context]
         ratios = (f"{taken / floor:.2f}" for floor in (from_memory, from_cache))
         table.add_row(f"{context:,}", seconds(taken), *ratios, f"{found['carried_bytes']:,}")
@@ -121,6 +125,7 @@ def _targets(found: dict[str, Any]) -> Table:
     for t in found["targets"]:
         sign = "at least" if t["at_least"] else "at most"
         verdict = "[green]met[/green]" if t["met"] else "[red]missed[/red]"
+        verdict = verdict if t["steady"] else f"{verdict} (!)"
         table.add_row(t["claim"], f"{t['found']:.2f}", f"{sign} {t['wanted']:g}", verdict)
     return table
 

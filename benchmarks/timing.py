@@ -34,9 +34,8 @@ class Timing:
         return max(0.0, self.first - self.median)
 
     @property
-    def spread(self) -> float:
-        """Slowest sample over fastest: near 1 on a quiet machine."""
-        return max(self.samples) / min(self.samples)
+    def best(self) -> float:
+        return min(self.samples)
 
 
 class Stopwatch:

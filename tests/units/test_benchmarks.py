@@ -41,6 +41,21 @@ def test_record_counts_decoded_tokens():
     assert record.samples == (0.5,) and record.tokens_per_second == 400
 
 
+def test_disagreeing_samples_are_marked():
+    job = Job("scaling", "longspan", "prefill", 8192)
+    calm = Record.create(job, Timing(1.0, (1.0, 1.1, 1.05, 9.0, 1.0)), batch=1)
+    busy = Record.create(job, Timing(1.0, (1.0, 2.0, 1.5, 4.0, 3.0)), batch=1)
+    assert calm.steady and not busy.steady
+    run = lm.Run(Plan(SHAPE))
+    for record in (calm, busy):
+        run.records = [record]
+        found = report.results(run, machine.describe(), dict.fromkeys(FLOORS, 1e9))
+        assert [t["steady"] for t in found["targets"]] == [record.steady]
+        text = io.StringIO()
+        tables.show(found, Console(file=text, width=200))
+        assert ("(!)" in text.getvalue()) != record.steady
+
+
 def test_published_weights_are_those_of_our_model():
     model, params = workload.build(SHAPE)
     weights = workload.published_weights(SHAPE)
