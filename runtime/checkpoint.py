@@ -197,8 +197,9 @@ class Checkpoints:
             free = f"{shutil.disk_usage(self.directory).free / 1e9:.3f} GB"
             if jax.process_index() == 0:
                 self._remove_unfinished()
+        full = "the disk is full: " if "No space left on device" in str(cause) else ""
         return CheckpointError(
-            f"the checkpoint of step {step} was not saved to {self.path(step)}: {brief(cause)}. "
+            f"the checkpoint of step {step} was not saved to {self.path(step)}: {full}{brief(cause)}. "
             f"Free space when it failed: {free}. Earlier checkpoints are intact: {self.steps()}. Make "
             "room (a lower checkpoint.keep_last keeps fewer), or use another workdir"
         )

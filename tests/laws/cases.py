@@ -19,12 +19,16 @@ BATCH, LENGTH, MAX_LEN = 2, 21, 32  # a length that no chunk, block or window di
 def functional(name):
     """(Functional, parameters) of a tiny mixer; parameters away from their initial values."""
     model = Functional.create(TINY_MIXERS[name])
-    key = jax.random.key(zlib.crc32(name.encode()))
-    params = model.init(key)
-    leaves, tree = jax.tree.flatten(params)
-    keys = jax.random.split(key, len(leaves))
-    noisy = [p + 0.1 * jax.random.normal(k, p.shape) for p, k in zip(leaves, keys)]
-    return model, jax.tree.unflatten(tree, noisy)
+
+    @jax.jit
+    def noisy(key):
+        leaves, tree = jax.tree.flatten(model.init(key))
+        keys = jax.random.split(key, len(leaves))
+        return jax.tree.unflatten(
+            tree, [p + 0.1 * jax.random.normal(k, p.shape) for p, k in zip(leaves, keys)]
+        )
+
+    return model, noisy(jax.random.key(zlib.crc32(name.encode())))
 
 
 @functools.cache
@@ -46,8 +50,8 @@ def compiled(name):
 
 
 def empty_state(name, batch=BATCH, max_len=MAX_LEN):
-    model, params = functional(name)
-    return model.bind(params).init_state(batch, max_len)
+    model, _ = functional(name)
+    return jax.jit(lambda: model.bind(model.shapes).init_state(batch, max_len))()
 
 
 def inputs(batch=BATCH, length=LENGTH, seed=0):
@@ -70,16 +74,14 @@ def stream(name, x, splits, segment_ids=None):
     return jnp.concatenate(ys, 1), state
 
 
+@jax.jit
 def advance(ids, segment, position):
     """Last real segment id and position after a piece: what the model keeps beside the mixers' states."""
     ctx = Context.create(*ids.shape, segment_ids=ids, previous_segment=segment, previous_position=position)
-    ids, positions = np.asarray(ids), np.asarray(ctx.positions)
-    segment, position = np.array(segment), np.array(position)
-    for row in range(ids.shape[0]):
-        real = np.flatnonzero(ids[row])
-        if real.size:
-            segment[row], position[row] = ids[row, real[-1]], positions[row, real[-1]]
-    return jnp.asarray(segment), jnp.asarray(position)
+    any_real = (ids != 0).any(axis=1)
+    last = ids.shape[1] - 1 - jnp.argmax(ids[:, ::-1] != 0, axis=1)[:, None]
+    pick = lambda new, old: jnp.where(any_real, jnp.take_along_axis(new, last, axis=1)[:, 0], old)  # noqa: E731
+    return pick(ids, segment), pick(ctx.positions, position)
 
 
 # Documents of length 1, shorter than a convolution, crossing chunk edges; padding before, between and after.

@@ -312,7 +312,7 @@ def test_full_disk(tmp_path):
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    assert "No space left on device" in done.stdout
+    assert "the disk is full" in done.stdout
     saved = [int(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("saved")]
     assert f"restored {saved[-1]}" in done.stdout
 
