@@ -24,7 +24,7 @@ quickstart: install
 	$(BIN)/python train.py --config=configs/quickstart.py --workdir=runs/quickstart
 
 test: install lint types
-	$(BIN)/python -m pytest -n $(WORKERS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 lint: install
 	$(BIN)/ruff format --check .
