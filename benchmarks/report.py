@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from benchmarks.peers import DECODE_STEPS, OURS, PEERS
+from benchmarks.run import Run
 from benchmarks.workload import Shape, build
 from models.functional import parameter_count
-
-if TYPE_CHECKING:
-    from benchmarks.lm import Run
 
 METHOD = (
     "Float32 on all cores of the CPU; medians of samples taken in turns, compilation apart. Every peer runs "

@@ -12,7 +12,9 @@ from absl import flags
 from rich.console import Console
 
 from benchmarks import lm, machine, peers, report, tables, timing, workload
+from benchmarks import run as runs
 from benchmarks.plan import Job, Plan, Record
+from benchmarks.run import Run
 from benchmarks.timing import Stopwatch, Timing
 
 SHAPE = workload.Shape(vocab_size=16, d_model=32, headdim=8, d_state=16, chunk_size=8)
@@ -46,7 +48,7 @@ def test_disagreeing_samples_are_marked():
     calm = Record.create(job, Timing(1.0, (1.0, 1.1, 1.05, 9.0, 1.0)), batch=1)
     busy = Record.create(job, Timing(1.0, (1.0, 2.0, 1.5, 4.0, 3.0)), batch=1)
     assert calm.steady and not busy.steady
-    run = lm.Run(Plan(SHAPE))
+    run = Run(Plan(SHAPE))
     for record in (calm, busy):
         run.records = [record]
         found = report.results(run, machine.describe(), dict.fromkeys(FLOORS, 1e9))
@@ -143,15 +145,15 @@ def test_a_failing_peer_is_left_out(monkeypatch):
 
         def start(self, what, length):
             if self.name == "mamba2-jax" and what == "prefill":
-                raise lm.PeerFailed("mamba2-jax: RuntimeError: out of order")
+                raise runs.PeerFailed("mamba2-jax: RuntimeError: out of order")
             return None if what == "decode_calls" else 2.0
 
         def sample(self, what, length):
             return 1.0 if self.name == "longspan" else 30.0
 
-    monkeypatch.setattr(lm, "Worker", Broken)
+    monkeypatch.setattr(runs, "Worker", Broken)
     monkeypatch.setattr(peers.Entry, "missing", lambda self: None)
-    run = lm.Run(Plan(SHAPE, repeats=3))
+    run = Run(Plan(SHAPE, repeats=3))
     run.everything()
     assert run.failures == {"mamba2-jax": "mamba2-jax: RuntimeError: out of order"}
     timed = {(r.peer, r.what) for r in run.records if r.part == "peers"}
@@ -168,11 +170,11 @@ def test_a_failing_peer_is_left_out(monkeypatch):
 
 def test_ours_is_not_forgiven(monkeypatch):
     def refuse(name, shape):
-        raise lm.PeerFailed(f"{name}: ImportError: no")
+        raise runs.PeerFailed(f"{name}: ImportError: no")
 
-    monkeypatch.setattr(lm, "Worker", refuse)
-    with pytest.raises(lm.PeerFailed, match="longspan"):
-        lm.Run(Plan(SHAPE, peers=())).everything()
+    monkeypatch.setattr(runs, "Worker", refuse)
+    with pytest.raises(runs.PeerFailed, match="longspan"):
+        Run(Plan(SHAPE, peers=())).everything()
 
 
 def test_flags_make_the_plan_and_refuse_unknown_names():
