@@ -1,7 +1,7 @@
 """Mamba-2, attention and their hybrid: same text, same budget, equal parameters (within 5 %).
 
 Command: ``python train.py --config=configs/lm_stdlib.py:hybrid --workdir=runs/hybrid`` (or mamba2, attention)
-Hardware: 2 CPU cores, about ten minutes each. Metric: see the README's comparison table.
+Hardware: 2 CPU cores, about ten minutes each. Metric: not yet recorded.
 """
 
 from configs.base import Experiment, TrainConfig
