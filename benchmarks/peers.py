@@ -39,11 +39,15 @@ class Peer(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """Where a peer is found: ``module:class``, the packages it imports, and what the reader is told."""
+    """Where a peer is found: ``module:class``, the packages it imports, and what the reader is told.
+
+    ``tuned_malloc`` says whether its process has the settings of ``runtime/host.py`` or glibc's own.
+    """
 
     where: str
     packages: tuple[str, ...]
     about: str
+    tuned_malloc: bool = False
 
     def load(self) -> type[Peer]:
         module, name = self.where.split(":")
@@ -57,8 +61,10 @@ class Entry:
         return f"{' and '.join(absent)} not installed: pip install -e '.[bench]'"
 
 
-PEERS: dict[str, Entry] = {
-    "longspan": Entry("benchmarks.jax_peers:Longspan", (), "this repository, its own train step"),
+_AS_USED: dict[str, Entry] = {
+    "longspan": Entry(
+        "benchmarks.jax_peers:Longspan", (), "this repository, its own train step", tuned_malloc=True
+    ),
     "transformers": Entry(
         "benchmarks.torch_peers:Transformers",
         ("torch", "transformers"),
@@ -70,3 +76,15 @@ PEERS: dict[str, Entry] = {
     "mamba2-jax": Entry("benchmarks.jax_peers:Mamba2Jax", ("mamba2-jax",), "the PyPI package, jitted here"),
 }
 OURS = "longspan"
+
+
+def _other_malloc(name: str, entry: Entry) -> tuple[str, Entry]:
+    tuned = not entry.tuned_malloc
+    about = "with the malloc of runtime/host.py" if tuned else "with glibc's own malloc"
+    changed = dataclasses.replace(entry, about=about, tuned_malloc=tuned)
+    return f"{name}:{'tuned' if tuned else 'plain'}-malloc", changed
+
+
+# Everyone as their users run them (our programs tune malloc for themselves, nobody else's do), then everyone
+# with the other malloc, so that both comparisons stand in one run.
+PEERS: dict[str, Entry] = _AS_USED | dict(_other_malloc(*item) for item in _AS_USED.items())

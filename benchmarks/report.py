@@ -12,10 +12,10 @@ from models.functional import parameter_count
 
 METHOD = (
     "Float32 on all cores of the CPU; medians of samples taken in turns, compilation apart. Every peer runs "
-    "with the malloc settings of runtime/host.py. A training step is the mean cross entropy of every next "
-    "token, its gradient and one AdamW update; ours also clips the gradient, reports norms and checks for "
-    f"NaN. Decoding is greedy; JAX peers decode {DECODE_STEPS} tokens a call in a compiled scan, and again "
-    "one token a call, as torch does."
+    "as its users run it (our programs set malloc up for themselves, runtime/host.py), then with the other "
+    "malloc setting. A training step is the mean cross entropy of every next token, its gradient and one "
+    "AdamW update; ours also clips the gradient, reports norms and checks for NaN. Decoding is greedy; JAX "
+    f"peers decode {DECODE_STEPS} tokens a call in a compiled scan, and again one token a call, as torch does."
 )
 
 

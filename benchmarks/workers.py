@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import multiprocessing
 import os
 import resource
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -31,14 +33,11 @@ class Worker:
             PeerFailed: the peer cannot be built.
         """
         self.name = name
-        if (
-            sys.platform == "linux"
-        ):  # for every peer what our programs set for themselves; processes inherit it
-            os.environ.setdefault("GLIBC_TUNABLES", TUNABLES)
         context = multiprocessing.get_context("spawn")
         self._pool = concurrent.futures.ProcessPoolExecutor(1, mp_context=context)
         try:
-            self._call(_build, name, shape)
+            with _malloc(PEERS[name].tuned_malloc):  # the first call starts the process
+                self._call(_build, name, shape)
         except PeerFailed:
             self._pool.shutdown()
             raise
@@ -85,6 +84,20 @@ class Worker:
         except Exception as error:
             first_line = str(error).partition("\n")[0]
             raise PeerFailed(f"{self.name}: {type(error).__name__}: {first_line}") from error
+
+
+@contextlib.contextmanager
+def _malloc(tuned: bool) -> Iterator[None]:
+    """Processes started meanwhile have glibc's malloc tuned, or as it is."""
+    before = os.environ.pop("GLIBC_TUNABLES", None)
+    if tuned and sys.platform == "linux":
+        os.environ["GLIBC_TUNABLES"] = TUNABLES
+    try:
+        yield
+    finally:
+        os.environ.pop("GLIBC_TUNABLES", None)
+        if before is not None:
+            os.environ["GLIBC_TUNABLES"] = before
 
 
 # What runs in the worker process.

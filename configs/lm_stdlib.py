@@ -10,8 +10,8 @@ from runtime.checkpoint import CheckpointConfig
 
 # pattern and MLP width; widths even out the parameter counts.
 VARIANTS = {
-    "mamba2": ("M-M-M-", 384),
-    "attention": ("*-*-*-", 640),
+    "mamba2": ("M-M-M-", 416),
+    "attention": ("*-*-*-", 528),
     "hybrid": ("M-*-M-", 448),
 }
 
@@ -24,8 +24,8 @@ def get_config(variant: str = "hybrid") -> Experiment:
     config.name = f"lm_stdlib:{variant}"
     config.model.pattern, config.model.mlp.hidden = VARIANTS[variant]
     config.task.seq_len = 512
-    config.checkpoint = CheckpointConfig(every=500)
+    config.checkpoint = CheckpointConfig(every=600)
     config.train = TrainConfig(
-        steps=2000, eval_every=500, baselines=True, sample_prompt="def read(self, ", sample_length=600
+        steps=3600, eval_every=600, baselines=True, sample_prompt="def read(self, ", sample_length=600
     )
     return config

@@ -4,6 +4,8 @@ import dataclasses
 import importlib.util
 import io
 import json
+import os
+import sys
 
 import jax
 import numpy as np
@@ -11,11 +13,12 @@ import pytest
 from absl import flags
 from rich.console import Console
 
-from benchmarks import lm, machine, peers, report, tables, timing, workload
+from benchmarks import lm, machine, peers, report, tables, timing, workers, workload
 from benchmarks import run as runs
 from benchmarks.plan import Job, Plan, Record
 from benchmarks.run import Run
 from benchmarks.timing import Stopwatch, Timing
+from runtime.host import TUNABLES
 
 SHAPE = workload.Shape(vocab_size=16, d_model=32, headdim=8, d_state=16, chunk_size=8)
 
@@ -117,7 +120,8 @@ def test_a_run_without_peers_names_them_and_their_command(monkeypatch, tmp_path)
     tables.show(results, Console(file=text, width=200))
     assert "torch and transformers not installed: pip install -e '.[bench]'" in text.getvalue()
     assert "mamba2-jax not installed: pip install -e '.[bench]'" in text.getvalue()
-    assert set(results["failures"]) == {"transformers", "torch-ssd", "mamba2-jax"}
+    absent = {"transformers", "torch-ssd", "mamba2-jax"}
+    assert set(results["failures"]) == absent | {f"{name}:tuned-malloc" for name in absent}
     measured = {(r["part"], r["what"], r["length"]) for r in results["records"]}
     assert measured == {
         *(("peers", what, 8) for what in ("train", "decode", "decode_calls")),
@@ -149,7 +153,7 @@ def test_a_failing_peer_is_left_out(monkeypatch):
             return None if what == "decode_calls" else 2.0
 
         def sample(self, what, length):
-            return 1.0 if self.name == "longspan" else 30.0
+            return 1.0 if self.name.startswith("longspan") else 30.0
 
     monkeypatch.setattr(runs, "Worker", Broken)
     monkeypatch.setattr(peers.Entry, "missing", lambda self: None)
@@ -166,6 +170,20 @@ def test_a_failing_peer_is_left_out(monkeypatch):
     growth = claims["train: cost of 65536 tokens over 8192"]
     assert growth["found"] == 1 and growth["wanted"] == 10 and growth["met"]
     assert not claims["prefill, 4096 tokens: share of the matmul rate"]["met"]
+
+
+def test_each_process_has_the_malloc_its_peer_asks_for(monkeypatch):
+    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.check=0")
+    seen = {}
+    for tuned in (True, False):
+        with workers._malloc(tuned):
+            seen[tuned] = os.environ.get("GLIBC_TUNABLES")
+    assert seen == {True: TUNABLES if sys.platform == "linux" else None, False: None}
+    assert os.environ["GLIBC_TUNABLES"] == "glibc.malloc.check=0"
+    assert {name: e.tuned_malloc for name, e in peers.PEERS.items() if "jax" in name} == {
+        "mamba2-jax": False,
+        "mamba2-jax:tuned-malloc": True,
+    }
 
 
 def test_ours_is_not_forgiven(monkeypatch):
