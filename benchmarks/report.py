@@ -14,8 +14,8 @@ METHOD = (
     "Float32 on all cores of the CPU; medians of samples taken in turns, compilation apart. Every peer runs "
     "as its users run it (our programs set malloc up for themselves, runtime/host.py), then with the other "
     "malloc setting. A training step is the mean cross entropy of every next token, its gradient and one "
-    "AdamW update; ours also clips the gradient, reports norms and checks for NaN. Decoding is greedy; JAX "
-    f"peers decode {DECODE_STEPS} tokens a call in a compiled scan, and again one token a call, as torch does."
+    "AdamW update; ours also clips the gradient, reports norms and checks for NaN. Decoding is greedy; peers "
+    f"in JAX decode {DECODE_STEPS} tokens a call in a compiled scan, and again one token a call, as in torch."
 )
 
 

@@ -1,110 +1,257 @@
-"""Continuations: one prefill of the prompt, then one-token decode steps, all under jit."""
+"""Text from a run: ``python -m eval.generate --workdir=RUN --prompt="def read("``.
+
+From Python: ``Generator.open("runs/mine").generate(["def ", "class "], Sampling(temperature=0.8))``.
+"""
 
 from __future__ import annotations
 
-import functools
-from typing import Any
+import argparse
+import dataclasses
+import sys
+import time
+from collections.abc import Callable, Sequence
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int
+from etils import epath
+from jaxtyping import Int
 
-from models.functional import Functional
+from configs.base import ConfigError
+from eval import decode
+from eval.opened import OpenRun, RunError, open_run
+from eval.sampling import Sampling
+from runtime.checkpoint import ArchitectureError, CheckpointError
+from runtime.host import restart_with_tuned_malloc
+from tasks.tokenizer import Tokenizer
 
-Params = Any
-STEPS_PER_CALL = 64  # decode steps compiled into one program: dispatch is paid once for them
+Prompt = str | Sequence[int]
+Listener = Callable[[int, str], None]  # (row, new text)
 
 
-def generate(
-    model: Functional,
-    params: Params,
-    prompt: Int[np.ndarray, "B L"],
-    new_tokens: int,
-    *,
-    max_len: int | None = None,
-    temperature: float = 1.0,
-    seed: int = 0,
-    segment_ids: Int[np.ndarray, "B L"] | None = None,
-) -> Int[np.ndarray, "B T"]:
-    """``new_tokens`` further ids for each row of ``prompt``.
+@dataclasses.dataclass(frozen=True)
+class Completion:
+    """What followed one prompt.
 
-    Args:
-        model, params: an LM and its parameters.
-        prompt: ids; rows of different lengths are padded, with ``segment_ids`` 0 at padding and 1 elsewhere.
-        max_len: tokens an attention cache has room for; None for exactly enough.
-        temperature: 0 takes the most likely token.
-        seed: of the sampling.
-
-    Raises:
-        ValueError: an empty prompt, or prompt and continuation exceed ``max_len`` or the learned positions.
+    Attributes:
+        text: without the stop string; None if the run has no tokenizer.
+        ids: all that were drawn, those of the stop string included, the final separator not.
+        finished: "stop" (a stop string), "end" (the model ended the document) or "length".
     """
-    batch, length = prompt.shape
-    if length == 0:
-        raise ValueError(
-            "generate: the prompt is empty; give at least one token, such as the document separator"
+
+    text: str | None
+    ids: Int[np.ndarray, " T"]
+    finished: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Speed:
+    """Of one call; the first of a shape compiles too. Tokens are summed over the rows of the batch."""
+
+    prompt_tokens: int
+    prefill_seconds: float
+    new_tokens: int
+    decode_seconds: float
+
+    def __str__(self) -> str:
+        rates = []
+        for what, tokens, seconds in (
+            ("prompt", self.prompt_tokens, self.prefill_seconds),
+            ("new", self.new_tokens, self.decode_seconds),
+        ):
+            rates.append(f"{tokens} {what} tokens at {tokens / max(seconds, 1e-9):,.0f} tokens/s")
+        return ", ".join(rates)
+
+
+class Generator:
+    """A run that continues prompts; compiled once for a batch size and its settings.
+
+    Attributes:
+        speed: of the last call.
+    """
+
+    def __init__(self, run: OpenRun, *, piece: int = decode.PIECE):
+        self.run, self._piece = run, piece
+        self.speed: Speed | None = None
+
+    @classmethod
+    def open(cls, workdir: epath.PathLike, step: int | None = None) -> Generator:
+        """Raises RunError and others as ``eval.opened.open_run``."""
+        return cls(open_run(workdir, step))
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: Sampling | None = None,
+        *,
+        max_new_tokens: int = 256,
+        stop: Sequence[str] = (),
+        listen: Listener | None = None,
+        max_len: int | None = None,
+    ) -> list[Completion]:
+        """Continue each prompt until a stop string, the end of the document, or ``max_new_tokens``.
+
+        Args:
+            prompts: text (as the start of a document), or ids, which are taken as they are.
+            sampling: None for its defaults. A prompt's draws do not depend on the rest of the batch.
+            stop: strings that end a row; they are not part of its text.
+            listen: called with (row, text) as text is completed; nothing of a stop string reaches it.
+            max_len: tokens an attention cache has room for; None for exactly enough.
+
+        Raises:
+            ValueError: no or an empty prompt, an empty stop string, ids that the model does not have.
+            RoomError: a prompt and its continuation do not fit the cache or the learned positions.
+            RunError: text is given or a stop string asked for, and the run has no tokenizer.
+        """
+        if "" in stop:
+            raise ValueError("generate: a stop string is empty; it would stop at once")
+        ids = [self._ids(i, prompt) for i, prompt in enumerate(prompts)]
+        tokenizer = self.run.need_tokenizer() if stop else self.run.tokenizer
+        rows = [_Row(i, tokenizer, tuple(stop), listen) for i in range(len(ids))]
+        begin = time.perf_counter()
+        blocks = decode.decode(
+            self.run.model,
+            self.run.params,
+            ids,
+            max_new_tokens,
+            sampling or Sampling(),
+            max_len=max_len,
+            piece=self._piece,
         )
-    needed = length + new_tokens
-    room = needed if max_len is None else max_len
-    _check_room(model, length, new_tokens, room)
-    prefill, decode = _programs(model, float(temperature))
-    state = jax.jit(lambda p: model.bind(p).init_state(batch, room))(params)
-    ids = None if segment_ids is None else jnp.asarray(segment_ids)
-    logits, state = prefill(params, jnp.asarray(prompt), ids, state)
-    key = jax.random.key(seed)
-    token, key = _pick(logits, key, temperature)
-    out = [np.asarray(token)[:, None]]
-    for _ in range(-(-(new_tokens - 1) // STEPS_PER_CALL)):
-        (token, state, key), tokens = decode(params, (token, state, key))
-        out.append(np.asarray(tokens).T)
-    return np.concatenate(out, axis=1)[:, :new_tokens]
+        first = None
+        for block in blocks:
+            first = first or time.perf_counter()
+            for row, tokens in zip(rows, block):
+                row.take(tokens)
+            if all(row.finished for row in rows):
+                break
+        end = time.perf_counter()
+        done = [row.completion() for row in rows]
+        new = sum(len(c.ids) for c in done) - len(done)  # the first of each row is the prefill's
+        self.speed = Speed(sum(map(len, ids)), (first or end) - begin, new, end - (first or end))
+        return done
+
+    def _ids(self, number: int, prompt: Prompt) -> Int[np.ndarray, " L"]:
+        if isinstance(prompt, str):
+            return self.run.need_tokenizer().encode(prompt, separator=True)
+        ids, limit = np.asarray(prompt, np.int64), self.run.config.model.vocab_size
+        if ids.ndim != 1 or (ids.size and not 0 <= ids.min() <= ids.max() < limit):
+            raise ValueError(f"generate: prompt {number} should be a list of ids in 0..{limit - 1}")
+        return ids.astype(np.int32)
 
 
-def _check_room(model: Functional, length: int, new_tokens: int, room: int) -> None:
-    config = model.bind(model.shapes).config
-    limits = {}
-    if "*" in config.layers and config.attention.window is None:
-        limits["the key/value cache (max_len)"] = room
-    if config.max_positions is not None:
-        limits["the learned positions (model.max_positions)"] = config.max_positions
-    for name, limit in limits.items():
-        if length + new_tokens > limit:
-            raise ValueError(
-                f"generate: a prompt of {length} tokens and {new_tokens} new ones need room for "
-                f"{length + new_tokens}, but {name} has {limit}; shorten the prompt or raise it"
-            )
+class _Row:
+    """One row while it is made: its ids, its text, and what may already be shown."""
+
+    def __init__(
+        self, number: int, tokenizer: Tokenizer | None, stop: tuple[str, ...], listen: Listener | None
+    ):
+        self.number, self.finished = number, ""
+        self._tokenizer, self._stop, self._listen = tokenizer, stop, listen
+        self._ids: list[int] = []
+        self._text, self._shown = "", 0
+        self._feed = tokenizer.stream() if tokenizer is not None else None
+
+    def take(self, tokens: Int[np.ndarray, " T"]) -> None:
+        """Go on with ``tokens`` unless the row has ended."""
+        for token in map(int, tokens):
+            if self.finished:
+                return
+            if self._tokenizer is not None and token == self._tokenizer.separator_id:
+                self.finished = "end"
+                break
+            self._ids.append(token)
+            if self._feed is not None:
+                self._append(self._feed([token]))
+        self._show()
+
+    def completion(self) -> Completion:
+        """What has been made; a row that nothing ended ran into its length."""
+        self._show(all_of_it=True)
+        text = None if self._feed is None else self._text
+        return Completion(text, np.array(self._ids, np.int32), self.finished or "length")
+
+    def _append(self, text: str) -> None:
+        if not text:
+            return
+        before = len(self._text)
+        self._text += text
+        longest = max((len(s) for s in self._stop), default=0)
+        places = [self._text.find(s, max(before - longest, 0)) for s in self._stop]
+        found = [place for place in places if place >= 0]
+        if found:
+            self._text, self.finished = self._text[: min(found)], "stop"
+
+    def _show(self, all_of_it: bool = False) -> None:
+        """Tell the listener what no stop string can take back any more."""
+        if self._listen is None or self._feed is None:
+            return
+        held = 0
+        if not (self.finished or all_of_it):
+            longest = max((len(s) for s in self._stop), default=0)
+            tails = range(min(longest - 1, len(self._text)), 0, -1)
+            held = next((n for n in tails if any(s.startswith(self._text[-n:]) for s in self._stop)), 0)
+        until = len(self._text) - held
+        if until > self._shown:
+            self._listen(self.number, self._text[self._shown : until])
+            self._shown = until
 
 
-def _pick(logits: jax.Array, key: jax.Array, temperature: float) -> tuple[Int[Array, " B"], jax.Array]:
-    if temperature == 0:
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32), key
-    key, use = jax.random.split(key)
-    return jax.random.categorical(use, logits / temperature).astype(jnp.int32), key
+def parser() -> argparse.ArgumentParser:
+    """The options of the command."""
+    options = argparse.ArgumentParser("python -m eval.generate", allow_abbrev=False)
+    add = options.add_argument
+    add("--workdir", required=True, help="directory of the run")
+    add("--step", type=int, help="checkpoint to read (default: the newest)")
+    add("--prompt", action="append", default=[], help="text to continue; repeat it for a batch")
+    add("--prompt_file", action="append", default=[], help="a file whose whole text is a prompt")
+    add("--samples", type=int, default=1, help="continuations of each prompt")
+    add("--max_new_tokens", type=int, default=256, help="tokens after each prompt, at most")
+    add("--stop", action="append", default=[], help="stop string; repeat it for any of several")
+    add("--stream", action=argparse.BooleanOptionalAction, default=True, help="print text as it is made")
+    add("--temperature", type=float, default=0.8, help="0 takes the most likely token")
+    add("--top_k", type=int, default=0, help="keep this many of the most likely; 0 for all")
+    add("--top_p", type=float, default=1.0, help="keep the fewest whose probabilities add up to this")
+    add("--min_p", type=float, default=0.0, help="keep those this share as likely as the most likely")
+    add("--repetition_penalty", type=float, default=1.0, help="above 1 discourages repetition")
+    add("--seed", type=int, default=0, help="of the draws")
+    return options
 
 
-@functools.lru_cache(maxsize=8)
-def _programs(model: Functional, temperature: float) -> tuple[Any, Any]:
-    """(prefill, decode), compiled once per model and shape."""
+def main(argv: Sequence[str] | None = None) -> None:
+    options = parser()
+    given = options.parse_args(argv)
+    if given.samples < 1 or not (given.prompt or given.prompt_file):
+        options.error("give --prompt or --prompt_file, and --samples of at least 1")
+    try:
+        prompts = given.prompt + [epath.Path(path).read_text() for path in given.prompt_file]
+        sampling = Sampling(**{f.name: getattr(given, f.name) for f in dataclasses.fields(Sampling)})
+        generator = Generator.open(given.workdir, given.step)
+        _print(generator, [p for p in prompts for _ in range(given.samples)], sampling, given)
+    except (RunError, ConfigError, ArchitectureError, CheckpointError, ValueError, OSError) as error:
+        sys.exit(f"{type(error).__name__}: {error}")
 
-    @functools.partial(jax.jit, donate_argnums=3)
-    def prefill(params: Params, tokens: Array, segment_ids: Array | None, state: Any) -> tuple[Array, Any]:
-        lm = model.bind(params)
-        hidden, state, _ = lm(tokens, state, segment_ids=segment_ids)
-        if segment_ids is None:
-            return lm.logits(hidden[:, -1]), state
-        last = tokens.shape[1] - 1 - jnp.argmax(segment_ids[:, ::-1] != 0, axis=1)
-        return lm.logits(jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]), state
 
-    @functools.partial(jax.jit, donate_argnums=1)
-    def decode(params: Params, carry: Any) -> tuple[Any, Array]:
-        lm = model.bind(params)
+def _print(
+    generator: Generator, prompts: Sequence[str], sampling: Sampling, given: argparse.Namespace
+) -> None:
+    stream = given.stream and len(prompts) == 1
+    if stream:
+        print(prompts[0], end="", flush=True)
+    done = generator.generate(
+        prompts,
+        sampling,
+        max_new_tokens=given.max_new_tokens,
+        stop=given.stop,
+        listen=(lambda row, text: print(text, end="", flush=True)) if stream else None,
+    )
+    for number, (prompt, completion) in enumerate(zip(prompts, done), 1):
+        print() if stream else print(f"--- {number} of {len(prompts)} ---\n{prompt}{completion.text}")
+    counts = {why: sum(c.finished == why for c in done) for why in ("stop", "end", "length")}
+    reasons = ", ".join(f"{n} by {why}" for why, n in counts.items() if n)
+    print(f"[step {generator.run.step}; {generator.speed}; ended {reasons}]", file=sys.stderr)
+    if given.stop and not counts["stop"]:
+        print(f"[no stop string of {given.stop} was reached]", file=sys.stderr)
 
-        def step(carry: Any, _: None) -> tuple[Any, Array]:
-            token, state, key = carry
-            hidden, state, _ = lm(token[:, None], state)
-            token, key = _pick(lm.logits(hidden[:, -1]), key, temperature)
-            return (token, state, key), token
 
-        return jax.lax.scan(step, carry, None, length=STEPS_PER_CALL)
-
-    return prefill, decode
+if __name__ == "__main__":
+    restart_with_tuned_malloc()
+    main()

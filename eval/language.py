@@ -12,7 +12,8 @@ from etils import epath
 
 from configs.base import TrainConfig
 from eval import curves
-from eval.generate import generate
+from eval.decode import decode
+from eval.sampling import Sampling
 from models.functional import Functional
 from tasks.compressors import reference_bits_per_byte
 from tasks.lm import LMTask
@@ -74,7 +75,8 @@ def comparison(bits_per_byte: float, references: Mapping[str, float]) -> list[st
 def sample(model: Functional, task: LMTask, params: Any, prompt: str, length: int, seed: int) -> str:
     """``prompt``, as the start of a document, and ``length`` further bytes sampled at temperature 0.8."""
     assert task.tokenizer is not None
-    ids = task.tokenizer.encode(prompt, separator=True)[None]
-    new = generate(model, params, np.asarray(ids), length, temperature=0.8, seed=seed)[0]
+    ids = task.tokenizer.encode(prompt, separator=True)
+    blocks = decode(model, params, [ids], length, Sampling(temperature=0.8, seed=seed))
+    new = np.concatenate([block[0] for block in blocks])
     stop = np.flatnonzero(new == task.tokenizer.separator_id)
     return prompt + task.tokenizer.decode(new[: stop[0]] if stop.size else new)

@@ -86,8 +86,8 @@ def restore(path: epath.Path, target: PyTree, partial: bool) -> PyTree:
 def _check(path: epath.Path, found: dict[str, Any], wanted: dict[str, Any], partial: bool) -> None:
     """Raises ArchitectureError listing the first differing leaves."""
     if partial:
-        fields = {name.split("/")[0] for name in wanted}
-        found = {name: leaf for name, leaf in found.items() if name.split("/")[0] in fields}
+        fields = {_field(name) for name in wanted}
+        found = {name: leaf for name, leaf in found.items() if _field(name) in fields}
     problems = tree_diff.differences(found, wanted, any_float=partial)
     if problems:
         shown = problems[:SHOWN]
@@ -98,6 +98,12 @@ def _check(path: epath.Path, found: dict[str, Any], wanted: dict[str, Any], part
             + "\n  ".join(shown)
             + "\nUse the config it was saved with (config.json of its run), or train in another workdir"
         )
+
+
+def _field(name: str) -> str:
+    """Which part of a train state a leaf belongs to; the extras are parts of their own."""
+    parts = name.split("/")
+    return "/".join(parts[:2]) if parts[0] == "extras" else parts[0]
 
 
 def brief(error: BaseException) -> str:

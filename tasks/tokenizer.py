@@ -1,12 +1,30 @@
-"""The byte-level tokenizer: 256 bytes and one id that separates documents."""
+"""Text to ids and back: the contract, and the byte-level tokenizer."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+import codecs
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int
+
+
+@runtime_checkable
+class Tokenizer(Protocol):
+    """What generation and probes need. ``separator_id`` opens and closes documents."""
+
+    separator_id: int
+    vocab_size: int
+
+    def encode(self, text: str, *, separator: bool = False) -> Int[np.ndarray, " L"]:
+        """Ids int32 [L]; with ``separator`` a document start stands before them."""
+
+    def decode(self, ids: Iterable[Any]) -> str:
+        """The text of ``ids``; separators are dropped."""
+
+    def stream(self) -> Callable[[Iterable[Any]], str]:
+        """A function that is fed ids as they come and gives the text they complete."""
 
 
 class ByteTokenizer:
@@ -31,3 +49,8 @@ class ByteTokenizer:
     def decode(self, ids: Iterable[Any]) -> str:
         """The text of ``ids``; separators are dropped, bytes that are not UTF-8 become U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+    def stream(self) -> Callable[[Iterable[Any]], str]:
+        """A function that is fed ids as they come and gives the text they complete."""
+        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        return lambda ids: decoder.decode(self.decode_bytes(ids))

@@ -16,7 +16,6 @@ import pytest
 import train
 from configs import overrides
 from eval.curves import read_records
-from eval.generate import generate
 from runtime.mesh import MeshConfig
 from runtime.restore import ArchitectureError
 from tests.experiments import tiny, write_corpus
@@ -231,30 +230,6 @@ def test_empty_corpus(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(train.ConfigError, match=r"task.source"):
         train.setup(tiny(tmp_path / "empty"), jax.devices()[:1])
-
-
-def test_prompt_longer_than_the_cache(corpus):
-    experiment = tiny(corpus)
-    experiment.model.attention.window = None
-    s = train.setup(experiment, jax.devices()[:1])
-    params = s.model.init(jax.random.key(0))
-    with pytest.raises(ValueError, match=r"a prompt of 20 tokens and 8 new ones .* 28, but .*cache.* has 24"):
-        generate(s.model, params, np.ones((1, 20), np.int32), 8, max_len=24)
-    with pytest.raises(ValueError, match="prompt is empty"):
-        generate(s.model, params, np.ones((1, 0), np.int32), 8)
-
-
-def test_padded_prompts_generate_as_if_alone(corpus):
-    s = train.setup(tiny(corpus), jax.devices()[:1])
-    params = s.model.init(jax.random.key(0))
-    prompts = [np.arange(1, 12), np.arange(40, 45)]
-    ids, segments = np.zeros((2, 11), np.int32), np.zeros((2, 11), np.int32)
-    for row, prompt in enumerate(prompts):
-        ids[row, 11 - len(prompt) :], segments[row, 11 - len(prompt) :] = prompt, 1
-    together = generate(s.model, params, ids, 80, temperature=0, segment_ids=segments)
-    for row, prompt in enumerate(prompts):
-        alone = generate(s.model, params, prompt[None].astype(np.int32), 80, temperature=0)
-        np.testing.assert_array_equal(together[row], alone[0])
 
 
 def test_unknown_overrides_name_the_nearest_field(corpus):

@@ -1,0 +1,68 @@
+"""An experiment read back from the JSON that a run keeps of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import types
+import typing
+from typing import Any
+
+from configs.base import ConfigError, Experiment
+
+
+def from_json(text: str, where: str = "config.json") -> Experiment:
+    """The experiment of which ``Experiment.to_json`` gave ``text``; fields it lacks have their defaults.
+
+    Raises:
+        ConfigError: not JSON, or a field that does not exist or has another type; names it and ``where``.
+    """
+    try:
+        tree = json.loads(text)
+    except ValueError as error:
+        raise ConfigError(f"{where} is not JSON: {error}") from error
+    return _read(Experiment, tree, where, "")
+
+
+def _read(kind: Any, value: Any, where: str, name: str) -> Any:
+    """``value`` of JSON as the type ``kind`` of the field ``name``."""
+    if dataclasses.is_dataclass(kind):
+        return _read_fields(kind, value, where, name)
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in arguments:
+            return None
+        (kind,) = (a for a in arguments if a is not type(None))
+        return _read(kind, value, where, name)
+    if origin is tuple and isinstance(value, list):
+        inner = [arguments[0]] * len(value) if arguments[1:] == (...,) else arguments
+        if len(inner) == len(value):
+            return tuple(_read(k, v, where, f"{name}[{i}]") for i, (k, v) in enumerate(zip(inner, value)))
+    if origin is list and isinstance(value, list):
+        return [_read(arguments[0], v, where, f"{name}[{i}]") for i, v in enumerate(value)]
+    if origin is dict and isinstance(value, dict):
+        return {key: _read(arguments[1], v, where, f"{name}.{key}") for key, v in value.items()}
+    if kind is Any or (type(value) is kind and kind in (int, str, bool, float)):
+        return value
+    if kind is float and type(value) in (int, str):  # infinities are written as strings
+        return float(value)
+    raise ConfigError(f"{where}: {name} is {value!r}, expected {getattr(kind, '__name__', kind)}")
+
+
+def _read_fields(kind: Any, tree: Any, where: str, name: str) -> Any:
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{where}: {name or 'the file'} is {tree!r}, expected fields of {kind.__name__}")
+    hints = typing.get_type_hints(kind)
+    known = [field.name for field in dataclasses.fields(kind)]
+    values = {}
+    for key, value in tree.items():
+        path = f"{name}.{key}" if name else key
+        if key not in known:
+            nearest = difflib.get_close_matches(key, known, 1, 0.0)
+            raise ConfigError(
+                f"{where}: there is no field {path!r}; the nearest is {nearest[0]!r}. Was the run made by "
+                "another version?"
+            )
+        values[key] = _read(hints[key], value, where, path)
+    return kind(**values)

@@ -1,0 +1,118 @@
+"""A run opened for reading: its config, its model with the parameters of a checkpoint, its tokenizer."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+from etils import epath
+
+from configs.base import ConfigError, Experiment
+from configs.saved import from_json
+from models.functional import Functional
+from models.lm import LM
+from runtime import mesh as meshes
+from runtime import run_record
+from runtime.checkpoint import Checkpoints
+from tasks import bpe
+from tasks.tokenizer import Tokenizer
+
+
+class RunError(RuntimeError):
+    """A workdir cannot be used as a run; the message says what is missing, and where."""
+
+
+@dataclasses.dataclass(frozen=True)
+class OpenRun:
+    """What generation, probes and reports read.
+
+    Attributes:
+        step: of the checkpoint that ``params`` are from.
+        params: the moving average of the parameters where the run keeps one.
+        tokenizer: None for a run on token arrays that came without one.
+        mesh: that the parameters lie on.
+    """
+
+    workdir: epath.Path
+    config: Experiment
+    step: int
+    model: Functional
+    params: Any
+    tokenizer: Tokenizer | None
+    mesh: jax.sharding.Mesh
+
+    def need_tokenizer(self) -> Tokenizer:
+        """Raises RunError if the run has none."""
+        if self.tokenizer is None:
+            raise RunError(
+                f"{self.workdir}: the run was trained on token arrays without a tokenizer (there is no "
+                "tokenizer.json in it), so text cannot be turned into ids; give ids instead"
+            )
+        return self.tokenizer
+
+
+def load_config(workdir: epath.PathLike) -> Experiment:
+    """The config that the run was last started with.
+
+    Raises:
+        RunError: ``workdir`` does not exist or holds no config.
+        ConfigError: the config cannot be read.
+    """
+    workdir = epath.Path(workdir)
+    if not workdir.exists():
+        raise RunError(f"{workdir} does not exist; give the --workdir of a training run")
+    text = run_record.load_config(workdir)
+    if text is None:
+        there = ", ".join(sorted(p.name for p in workdir.iterdir())[:8]) or "nothing"
+        raise RunError(f"{workdir} is no run: it has no config.json (found: {there})")
+    return from_json(text, str(workdir / "config.json"))
+
+
+def open_run(
+    workdir: epath.PathLike,
+    step: int | None = None,
+    *,
+    mesh: meshes.MeshConfig | None = None,
+    config: Experiment | None = None,
+) -> OpenRun:
+    """The run in ``workdir`` at its newest readable checkpoint, or that of ``step``.
+
+    Args:
+        mesh: over all devices; None puts everything on the first.
+        config: in place of the run's own, to read its parameters into a model that differs in what has no
+            parameters (a longer context, another RoPE scaling).
+
+    Raises:
+        RunError: there is no run or no checkpoint, or the tokenizer has more ids than the model.
+        ConfigError, ArchitectureError, CheckpointError: as when training resumes.
+    """
+    workdir = epath.Path(workdir)
+    config = config or load_config(workdir)
+    tokenizer = bpe.of_run(workdir, config.task)
+    if tokenizer is not None and tokenizer.vocab_size > config.model.vocab_size:
+        raise RunError(
+            f"{workdir}: the tokenizer has {tokenizer.vocab_size} ids, but model.vocab_size is "
+            f"{config.model.vocab_size}; tokenizer.json is not the one the run was trained with"
+        )
+    try:
+        config.model.validate()
+        model = Functional.create(lambda rngs: LM(config.model, rngs=rngs))
+        devices = jax.devices() if mesh else jax.local_devices()[:1]
+        over = meshes.make_mesh(mesh or meshes.MeshConfig(), devices)
+        shardings = meshes.param_shardings(over, model.axes, model.shapes)
+    except ValueError as error:
+        raise ConfigError(f"{workdir}: {error}") from error
+    abstract = jax.tree.map(
+        lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), model.shapes, shardings
+    )
+    averaged = config.optim.ema_decay is not None
+    with Checkpoints(workdir) as checkpoints:
+        try:
+            part, found = checkpoints.restore_part(
+                {"extras": {"ema": abstract}} if averaged else {"params": abstract}, step
+            )
+        except FileNotFoundError as error:
+            raise RunError(f"{workdir}: {error}. Train it first, or wait for its first save") from error
+    params = part["extras"]["ema"] if averaged else part["params"]
+    return OpenRun(workdir, config, found, model, params, tokenizer, over)
