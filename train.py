@@ -194,6 +194,7 @@ def restore_or_init(
         for change in run_record.explain_config_change(old, new) if old else ():
             progress.note(f"  config changed since the last start: {change}")
     run_record.save_config(workdir, new)
+    run_record.save_environment(workdir, start)
     if jax.process_index() == 0:
         table = group_table(s.config.optim, s.model.roles, s.model.axes, s.model.shapes)
         (workdir / "parameters.txt").write_text(format_table(table) + "\n")
