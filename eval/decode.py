@@ -52,7 +52,7 @@ def decode(
     longest = max(len(p) for p in prompts)
     keys = row_keys(sampling.seed, [np.asarray(p, np.int32).tobytes() for p in prompts])
     programs = _programs(model, dataclasses.replace(sampling, seed=0), min(steps, max(new_tokens - 1, 1)))
-    state = jax.jit(lambda p: model.bind(p).init_state(len(prompts), max_len or longest + new_tokens))(params)
+    state = programs.empty(params, len(prompts), max_len or longest + new_tokens)
     hidden = None
     for tokens, ids in pieces(prompts, min(piece, longest)):
         hidden, state = programs.read(params, tokens, ids, state, hidden)
@@ -112,8 +112,9 @@ def _seen(prompts: Sequence[np.ndarray], model: Functional) -> Array:
 
 @dataclasses.dataclass(frozen=True)
 class _Programs:
-    """Compiled functions: read a piece of the prompts, draw the first ids, and go on for some steps."""
+    """Compiled functions: the empty state, reading a piece of the prompts, the first ids, some steps more."""
 
+    empty: Any
     read: Any
     first: Any
     go_on: Any
@@ -121,6 +122,10 @@ class _Programs:
 
 @functools.lru_cache(maxsize=8)
 def _programs(model: Functional, sampling: Sampling, steps: int) -> _Programs:
+    @functools.partial(jax.jit, static_argnums=(1, 2))
+    def empty(params: Params, batch: int, max_len: int) -> Any:
+        return model.bind(params).init_state(batch, max_len)
+
     @functools.partial(jax.jit, donate_argnums=3)
     def read(params: Params, tokens: Array, segment_ids: Array, state: Any, before: Array | None) -> Any:
         """Hidden state of each row's last real token so far [B, D], and the model's state."""
@@ -153,4 +158,4 @@ def _programs(model: Functional, sampling: Sampling, steps: int) -> _Programs:
 
         return jax.lax.scan(one, carry, None, length=steps)
 
-    return _Programs(read, first, go_on)
+    return _Programs(empty, read, first, go_on)

@@ -42,23 +42,38 @@ class Completion:
     finished: str
 
 
-@dataclasses.dataclass(frozen=True)
 class Speed:
-    """Of one call; the first of a shape compiles too. Tokens are summed over the rows of the batch."""
+    """Of one call of ``generate``.
 
-    prompt_tokens: int
-    prefill_seconds: float
-    new_tokens: int
-    decode_seconds: float
+    Attributes:
+        first_token: seconds until the first token of every row: compilation and the reading of the prompts.
+        tokens_per_second: of all rows together, over the blocks after the first, which may have compiled;
+            None if there were no further blocks.
+    """
+
+    def __init__(self, prompt_tokens: int):
+        self.prompt_tokens, self.new_tokens = prompt_tokens, 0
+        self.first_token = 0.0
+        self.tokens_per_second: float | None = None
+        self._start, self._blocks, self._steady = time.perf_counter(), 0, 0.0
+
+    def count(self, block: Int[np.ndarray, "B T"]) -> None:
+        """A block has come."""
+        now = time.perf_counter()
+        self._blocks, self.new_tokens = self._blocks + 1, self.new_tokens + block.size
+        if self._blocks == 1:
+            self.first_token = now - self._start
+        elif self._blocks == 2:
+            self._steady, self._before = now, self.new_tokens
+        else:
+            self.tokens_per_second = (self.new_tokens - self._before) / (now - self._steady)
 
     def __str__(self) -> str:
-        rates = []
-        for what, tokens, seconds in (
-            ("prompt", self.prompt_tokens, self.prefill_seconds),
-            ("new", self.new_tokens, self.decode_seconds),
-        ):
-            rates.append(f"{tokens} {what} tokens at {tokens / max(seconds, 1e-9):,.0f} tokens/s")
-        return ", ".join(rates)
+        rate = "too few to time" if self.tokens_per_second is None else f"{self.tokens_per_second:,.0f}/s"
+        return (
+            f"first token after {self.first_token:.2f} s (compiling, and {self.prompt_tokens} prompt "
+            f"tokens); {self.new_tokens} new tokens, {rate}"
+        )
 
 
 class Generator:
@@ -106,7 +121,7 @@ class Generator:
         ids = [self._ids(i, prompt) for i, prompt in enumerate(prompts)]
         tokenizer = self.run.need_tokenizer() if stop else self.run.tokenizer
         rows = [_Row(i, tokenizer, tuple(stop), listen) for i in range(len(ids))]
-        begin = time.perf_counter()
+        self.speed = Speed(sum(map(len, ids)))
         blocks = decode.decode(
             self.run.model,
             self.run.params,
@@ -116,18 +131,13 @@ class Generator:
             max_len=max_len,
             piece=self._piece,
         )
-        first = None
         for block in blocks:
-            first = first or time.perf_counter()
+            self.speed.count(block)
             for row, tokens in zip(rows, block):
                 row.take(tokens)
             if all(row.finished for row in rows):
                 break
-        end = time.perf_counter()
-        done = [row.completion() for row in rows]
-        new = sum(len(c.ids) for c in done) - len(done)  # the first of each row is the prefill's
-        self.speed = Speed(sum(map(len, ids)), (first or end) - begin, new, end - (first or end))
-        return done
+        return [row.completion() for row in rows]
 
     def _ids(self, number: int, prompt: Prompt) -> Int[np.ndarray, " L"]:
         if isinstance(prompt, str):
