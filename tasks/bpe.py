@@ -33,9 +33,8 @@ class BPETokenizer:
             self._inner = tokenizers.Tokenizer.from_str(text)
         except Exception as error:  # the library raises bare Exception
             raise ValueError(f"{os.fspath(path)} is not a tokenizer.json: {error}") from error
-        ids = {name: self._inner.token_to_id(name) for name in (separator,) if separator} or {
-            name: self._inner.token_to_id(name) for name in KNOWN_SEPARATORS
-        }
+        names = (separator,) if separator else KNOWN_SEPARATORS
+        ids = {name: self._inner.token_to_id(name) for name in names}
         present = [number for number in ids.values() if number is not None]
         if not present:
             raise ValueError(
