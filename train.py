@@ -22,10 +22,10 @@ from ml_collections import config_flags
 from configs import overrides
 from configs.base import ConfigError, Experiment
 from eval import language
-from eval.heldout import evaluate
+from eval.heldout import evaluate, make_eval_step
 from models.functional import Functional, parameter_count
 from models.lm import LM
-from models.loss import chunked_cross_entropy
+from models.loss import token_nll
 from runtime import mesh as meshes
 from runtime import run_record
 from runtime.checkpoint import CheckpointError, Checkpoints
@@ -60,24 +60,14 @@ class Setup:
     eval_step: Callable[[Any, Any], dict[str, Any]]
 
 
-def forward(
-    model: Functional, task: LMTask, config: Experiment, params: Any, batch: Any, carry: Any
-) -> tuple[dict[str, Any], Any, jax.Array]:
-    """The task's metrics as (sum, weight), the state carried on, and the sum of squared log-normalisers."""
-    lm = model.bind(params)
-    hidden, carry, _ = lm(
-        batch["tokens"], carry, segment_ids=batch["segment_ids"], positions=batch["positions"]
-    )
-    nll, log_z = chunked_cross_entropy(lm, hidden, batch["targets"], config.model.loss_chunks)
-    return task.metrics({"nll": nll}, batch), carry, jnp.sum(jnp.square(log_z) * batch["weights"])
-
-
 def make_loss(model: Functional, task: LMTask, config: Experiment) -> Callable[..., Any]:
     """``(params, batch, carry, key) -> ((loss_sum, weight), (carry, metrics))`` for ``make_train_step``."""
 
     def loss(params: Any, batch: Any, carry: Any, key: jax.Array) -> Any:
-        metrics, carry, square_log_z = forward(model, task, config, params, batch, carry)
+        nll, log_z, carry = token_nll(model.bind(params), batch, carry, config.model.loss_chunks)
+        metrics = task.metrics({"nll": nll}, batch)
         total, weight = metrics.pop("loss")
+        square_log_z = jnp.sum(jnp.square(log_z) * batch["weights"])
         return (total + config.model.z_loss * square_log_z, weight), (carry, metrics)
 
     return loss
@@ -137,7 +127,7 @@ def setup(config: Experiment, devices: Sequence[jax.Device] | None = None) -> Se
             shardings=shardings,
             carry_axes=carry_axes,
         ),
-        eval_step=jax.jit(lambda params, batch: forward(model, task, config, params, batch, None)[0]),
+        eval_step=make_eval_step(model, task),
     )
 
 
@@ -257,12 +247,8 @@ class Loop:
 
     def evaluate(self, state: TrainState) -> dict[str, float]:
         """Metrics of every held-out set, recorded and shown."""
-        size, results = self.s.task.eval_shape[0], dict[str, float]()
         with self.clock.measure("eval"):
-            for name, data in self.s.task.eval_sets(local_rows(self.sharding, size)).items():
-                with Feed(data, self.sharding, size, end_step=len(data)) as feed:
-                    means = evaluate(self.s.eval_step, state.eval_params, (batch for _, batch in feed))
-                results |= {f"{name}/{metric}": value for metric, value in means.items()}
+            results = evaluate(self.s.eval_step, state.eval_params, self.s.task, self.sharding)
         step = int(state.step)
         self.writers.write(step, results)
         shown = "  ".join(f"{metric} {value:.4f}" for metric, value in results.items())

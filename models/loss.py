@@ -2,13 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from layers.types import State
 from models.lm import LM
 
 LOGIT_BYTES = 64 * 2**20  # automatic chunks keep one block of float32 logits below this
+
+
+def token_nll(
+    lm: LM, batch: Mapping[str, Array], state: State | None = None, chunks: int = 0
+) -> tuple[Float[Array, "B L"], Float[Array, "B L"], State | None]:
+    """Nats and log-normaliser of every target of a token batch, float32, and the state carried on.
+
+    Args:
+        batch: ``tokens``, ``targets``, ``segment_ids`` and ``positions``, int32 [B, L].
+        state: what the rows continue; None for nothing, and then none is returned.
+        chunks: as for :func:`chunked_cross_entropy`.
+    """
+    hidden, state, _ = lm(
+        batch["tokens"], state, segment_ids=batch["segment_ids"], positions=batch["positions"]
+    )
+    nll, log_z = chunked_cross_entropy(lm, hidden, batch["targets"], chunks)
+    return nll, log_z, state
 
 
 def chunked_cross_entropy(
