@@ -23,16 +23,19 @@ from configs import overrides
 from configs.base import ConfigError, Experiment
 from eval import language
 from eval.heldout import evaluate, make_eval_step
+from eval.source_run import start_from
 from models.functional import Functional, parameter_count
 from models.lm import LM
+from models.lora import with_lora
 from models.loss import token_nll
 from runtime import mesh as meshes
 from runtime import run_record
 from runtime.checkpoint import CheckpointError, Checkpoints
 from runtime.clock import Clock, mfu, peak_flops
 from runtime.feed import DataError, Feed, local_rows
+from runtime.freeze import freeze
 from runtime.host import restart_with_tuned_malloc
-from runtime.optimizer import format_table, group_table, make_optimizer
+from runtime.optimizer import format_table, group_table, make_optimizer, trained_parameters
 from runtime.preemption import Preemption
 from runtime.progress import Progress
 from runtime.restore import ArchitectureError
@@ -90,10 +93,13 @@ def setup(config: Experiment, devices: Sequence[jax.Device] | None = None) -> Se
                 f"model.vocab_size={config.model.vocab_size}, but task.source has ids up to "
                 f"{task.vocab_size - 1}; set it to at least {task.vocab_size}"
             )
-        model = Functional.create(lambda rngs: LM(config.model, rngs=rngs))
+        model = with_lora(Functional.create(lambda rngs: LM(config.model, rngs=rngs)), config.lora)
+        roles = freeze(model.roles, config.train.freeze, config.train.unfreeze)
+        model = dataclasses.replace(model, roles=roles)
         param_shardings = meshes.param_shardings(mesh, model.axes, model.shapes)
         optim = dataclasses.replace(config.optim, skip_nonfinite=config.train.nonfinite == "skip")
-        tx = make_optimizer(optim, model.roles, model.axes, model.shapes, config.train.steps)
+        trained = trained_parameters(optim, roles, model.axes, model.shapes)
+        tx = make_optimizer(optim, roles, model.axes, model.shapes, config.train.steps)
     except (ValueError, FileNotFoundError) as error:
         raise ConfigError(str(error)) from error
 
@@ -126,6 +132,7 @@ def setup(config: Experiment, devices: Sequence[jax.Device] | None = None) -> Se
             seed=config.train.seed,
             shardings=shardings,
             carry_axes=carry_axes,
+            trained=trained,
         ),
         eval_step=make_eval_step(model, task),
     )
@@ -173,14 +180,21 @@ def restore_or_init(
     s: Setup, checkpoints: Checkpoints, workdir: epath.Path, progress: Progress
 ) -> tuple[TrainState, int]:
     """The newest state of the run, or a fresh one; tells what changed in the config since the last start."""
+    try:
+        s.task.save_tokenizer(workdir)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
     new, old = s.config.to_json(), run_record.load_config(workdir)
     count = parameter_count(s.model.shapes)
     progress.note(f"{s.config.name}: {count / 1e6:.2f} M parameters on {meshes.describe(s.mesh)}")
     if checkpoints.latest is None:
         state, start = s.init(jax.random.key(s.config.train.seed)), 0
+        if s.config.init_from:
+            state = start_from(s.config, s.model, state, workdir, progress.note)
     else:
         state, start = checkpoints.restore(s.abstract)
-        progress.note(f"resuming {workdir} from step {start}")
+        unread = ", not from init_from" if s.config.init_from else ""
+        progress.note(f"resuming {workdir} from step {start}{unread}")
         for change in run_record.explain_config_change(old, new) if old else ():
             progress.note(f"  config changed since the last start: {change}")
     run_record.save_config(workdir, new)

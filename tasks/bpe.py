@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import tokenizers
 from etils import epath
 from jaxtyping import Int
 from tokenizers.decoders import DecodeStream
+from tokenizers.pre_tokenizers import ByteLevel
 
 from tasks.sources import SourceConfig
 from tasks.tokenizer import ByteTokenizer, Tokenizer
@@ -22,6 +24,8 @@ KNOWN_SEPARATORS = (SEPARATOR, "</s>", "<|end_of_text|>", "<eos>")
 
 class BPETokenizer:
     """A ``tokenizer.json``; a `tasks.tokenizer.Tokenizer`.
+
+    Special tokens spelt out in a text are encoded as the text they are.
 
     Raises:
         ValueError: the file is not a tokenizer, or has no token that separates documents.
@@ -40,6 +44,7 @@ class BPETokenizer:
             raise ValueError(
                 f"{os.fspath(path)} has no token that separates documents; looked for {', '.join(ids)}"
             )
+        self._inner.encode_special_tokens = True
         self.separator_id: int = present[0]
         self.vocab_size: int = max(self._inner.get_vocab(with_added_tokens=True).values()) + 1
 
@@ -47,6 +52,33 @@ class BPETokenizer:
         """Ids int32 [L]; with ``separator`` a document start stands before them."""
         ids = self._inner.encode(text, add_special_tokens=False).ids
         return np.array([self.separator_id, *ids] if separator else ids, np.int32)
+
+    def encode_batch(self, texts: Sequence[str], dtype: str = "int32") -> list[np.ndarray]:
+        """Ids [L] of each text, in one call of the library."""
+        encoded = self._inner.encode_batch_fast(texts, add_special_tokens=False)
+        return [np.array(e.ids, dtype) for e in encoded]
+
+    def byte_lengths(self) -> Int[np.ndarray, " V"] | None:
+        """Bytes of text that each token stands for, 0 for special ones; None unless tokens are bytes."""
+        lengths = np.zeros(self.vocab_size, np.int32)
+        added = self._inner.get_added_tokens_decoder()
+        alphabet = set(ByteLevel.alphabet())  # one character a byte
+        for token, number in self._inner.get_vocab(with_added_tokens=False).items():
+            if number not in added and not alphabet.issuperset(token):
+                return None
+            lengths[number] = len(token)
+        for number, extra in added.items():
+            lengths[number] = 0 if extra.special else len(extra.content.encode())
+        return lengths
+
+    @functools.cached_property
+    def splits_at_lines(self) -> bool:
+        """Whether texts cut after a line, between two characters that are no white space, have the ids of the
+        whole: what byte-level tokenizers do and those that mark the start of a text do not."""
+        pairs = (("word\n", "word"), ("x = f();\n", "#"), ("1\n", "2"))
+        whole = self.encode_batch([a + b for a, b in pairs])
+        parts = [np.concatenate(self.encode_batch(pair)) for pair in pairs]
+        return all(np.array_equal(a, b) for a, b in zip(whole, parts))
 
     def decode(self, ids: Iterable[Any]) -> str:
         """The text of ``ids``; separators are dropped."""
@@ -56,6 +88,31 @@ class BPETokenizer:
         """A function that is fed ids as they come and gives the text they complete."""
         decoder = DecodeStream(skip_special_tokens=True)
         return lambda ids: "".join(decoder.step(self._inner, int(i)) or "" for i in ids)
+
+
+def train(texts: Iterable[str], vocab_size: int) -> str:
+    """The tokenizer.json of a byte-level BPE learned from ``texts``, with `SEPARATOR` as id 0.
+
+    It has fewer ids than ``vocab_size`` where the texts do not repeat enough.
+
+    Raises:
+        ValueError: ``vocab_size`` has no room for the bytes and the separator.
+    """
+    if vocab_size < 257:
+        raise ValueError(
+            f"a vocabulary of {vocab_size} has no room for 256 bytes and a separator: 257 at least"
+        )
+    inner = tokenizers.Tokenizer(tokenizers.models.BPE())
+    inner.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    inner.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[SEPARATOR],
+        initial_alphabet=ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    inner.train_from_iterator(texts, trainer)
+    return inner.to_str(pretty=True)
 
 
 def of_run(workdir: epath.PathLike, config: SourceConfig) -> Tokenizer | None:

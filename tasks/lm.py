@@ -7,13 +7,16 @@ import math
 from collections.abc import Mapping
 
 import grain
+import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from jaxtyping import Array
 
-from tasks import sources
+from tasks import bpe, sources
 from tasks.packing import Layout, Packer
-from tasks.tokenizer import ByteTokenizer
+from tasks.prepared import Prepared
+from tasks.tokenizer import ByteTokenizer, Tokenizer
 from tasks.types import Batch, Mean, weighted_sum
 
 
@@ -45,6 +48,8 @@ class LMTask:
 
     ``training`` and ``validation`` are the corpora, ``manifest`` the files of a byte source (else None),
     ``tokenizer`` turns text into ids (None for token arrays); ``eval_shape`` is (B, L) of validation batches.
+    ``byte_lengths`` int32 [V] holds the bytes that each token stands for, where that is known exactly, and
+    ``bytes_per_token`` their mean, where only that is.
 
     Raises:
         FileNotFoundError, ValueError: from the source, the layout, or a corpus below one batch.
@@ -66,8 +71,13 @@ class LMTask:
             )
         splits = sources.load(config)
         self.training, self.validation, self.manifest = splits.train, splits.validation, splits.manifest
-        self._vocab_size, self._separator = splits.vocab_size, splits.separator_id
-        self.tokenizer = ByteTokenizer() if splits.manifest else None
+        self._vocab_size = splits.vocab_size
+        self._tokenizer_file: epath.Path | None = None
+        self.tokenizer: Tokenizer | None = ByteTokenizer() if splits.manifest else None
+        self.byte_lengths = _lengths_of_bytes() if splits.manifest else None
+        self.bytes_per_token = config.bytes_per_token
+        if splits.prepared:
+            self._open_tokenizer(splits.prepared)
         needed = config.batch_size * config.seq_len
         if self.training.targets < needed:
             raise ValueError(
@@ -105,20 +115,48 @@ class LMTask:
     def metrics(self, output: Mapping[str, Array], batch: Batch) -> dict[str, Mean]:
         """``loss`` in nats per token and, where bytes are known, ``bits_per_byte``.
 
-        The targets that end documents cost bits but are no bytes.
+        The bytes are those that the targets stand for; the targets that end documents cost bits but are none.
         """
         nats, count = self.loss(output, batch)
         metrics = {"loss": (nats, count)}
-        if self.tokenizer is not None:
-            end = batch["targets"] == self._separator
-            metrics["bits_per_byte"] = (nats / math.log(2), jnp.sum(jnp.where(end, 0, batch["weights"])))
-        elif self.config.bytes_per_token is not None:
-            metrics["bits_per_byte"] = (nats / math.log(2), count * self.config.bytes_per_token)
+        if self.byte_lengths is not None:
+            sizes = jnp.asarray(self.byte_lengths, jnp.float32)[jnp.asarray(batch["targets"])]
+            metrics["bits_per_byte"] = (nats / math.log(2), jnp.sum(sizes * batch["weights"]))
+        elif self.bytes_per_token is not None:
+            metrics["bits_per_byte"] = (nats / math.log(2), count * self.bytes_per_token)
         return metrics
+
+    def save_tokenizer(self, workdir: epath.PathLike) -> None:
+        """Copy the tokenizer.json of a prepared corpus into the directory of a run on it.
+
+        Raises:
+            ValueError: the run has another one, which its parameters belong to.
+        """
+        if self._tokenizer_file is None:
+            return
+        text, kept = self._tokenizer_file.read_text(), epath.Path(workdir) / bpe.FILE
+        if not kept.exists() and jax.process_index() == 0:
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            temporary = kept.parent / f".{kept.name}.tmp"
+            temporary.write_text(text)
+            temporary.replace(kept)  # other processes see it whole
+        elif kept.exists() and kept.read_text() != text:
+            raise ValueError(
+                f"{kept} differs from {self._tokenizer_file}: the run was trained with another tokenizer; "
+                "prepare the corpus with --tokenizer set to the former, or choose another --workdir"
+            )
+
+    def _open_tokenizer(self, corpus: Prepared) -> None:
+        self._tokenizer_file, self.tokenizer = corpus.tokenizer, ByteTokenizer()
+        lengths: np.ndarray | None = _lengths_of_bytes()
+        if corpus.tokenizer is not None:
+            self.tokenizer = tokenizer = bpe.BPETokenizer(corpus.tokenizer)
+            lengths = tokenizer.byte_lengths() if corpus.byte_exact else None
+        self.byte_lengths, self.bytes_per_token = lengths, corpus.bytes_per_token
 
     def _checked(self, dataset: grain.MapDataset, name: str) -> grain.MapDataset:
         """Token arrays are too long to be checked whole: every batch made of them is."""
-        if self.tokenizer is not None:
+        if self.manifest is not None:
             return dataset
 
         def check(step: int, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -129,3 +167,8 @@ class LMTask:
             return batch
 
         return dataset.map_with_index(check)
+
+
+def _lengths_of_bytes() -> np.ndarray:
+    """1 for every byte, 0 for the separator, int32 [257]."""
+    return np.array([1] * 256 + [0], np.int32)

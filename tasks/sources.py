@@ -1,7 +1,8 @@
 """From a source to a training and a validation corpus.
 
-A source is "stdlib"; a file, directory or glob of bytes; or token arrays (``*.npy``, raw ``*.bin``). Paths
-may be local or remote (``gs://``); local token arrays are memory-mapped, all else is read into memory.
+A source is "stdlib"; a file, directory or glob of bytes; a directory of `tools.prepare`; or token arrays
+(``*.npy``, raw ``*.bin``). Paths may be local or remote (``gs://``); local token arrays are memory-mapped,
+all else is read into memory.
 """
 
 # No ``from __future__ import annotations`` here: command-line overrides read the field types at run time.
@@ -18,14 +19,15 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from tasks import stdlib
+from tasks import prepared, stdlib
 from tasks.corpus import Corpus
 from tasks.manifest import FileEntry, Manifest
+from tasks.prepared import Prepared
 from tasks.tokenizer import ByteTokenizer
 
 ACCEPTED = (
-    "'stdlib' (Python's own source), a file, a directory or a glob of bytes, or token arrays: *.npy, or raw "
-    "*.bin with task.token_dtype and task.vocab_size"
+    "'stdlib' (Python's own source), a file, a directory or a glob of bytes, a directory of python -m "
+    "tools.prepare, or token arrays: *.npy, or raw *.bin with task.token_dtype and task.vocab_size"
 )
 TOKEN_SUFFIXES = (".npy", ".bin")
 
@@ -35,7 +37,8 @@ class SourceConfig:
     """Where text comes from and what is held out.
 
     Attributes:
-        source: "stdlib", or a path: file, directory (read recursively, hidden files skipped) or glob.
+        source: "stdlib", or a path: file, directory (read recursively, hidden files skipped) or glob; or a
+            directory of `tools.prepare`, which knows all but ``max_train_tokens`` itself.
         pattern: names of the files read, as in "*.txt"; empty: "*.py" for the library, all of a directory.
         token_dtype: dtype of the ids in raw ``*.bin`` token arrays.
         vocab_size: number of ids of token arrays; byte sources have 257.
@@ -63,13 +66,15 @@ class SourceConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Splits:
-    """The two sides of a source. ``manifest`` is None, and ``separator_id`` may be, for token arrays."""
+    """The two sides of a source. ``manifest`` is None, and ``separator_id`` may be, for token arrays;
+    ``prepared`` is None but for a corpus of `tools.prepare`."""
 
     train: Corpus
     validation: Corpus
     vocab_size: int
     separator_id: int | None
     manifest: Manifest | None
+    prepared: Prepared | None = None
 
 
 def load(config: SourceConfig) -> Splits:
@@ -79,15 +84,7 @@ def load(config: SourceConfig) -> Splits:
         FileNotFoundError: a source does not exist or no file matches.
         ValueError: nothing on one of the sides, an impossible fraction, or unusable token arrays.
     """
-    if not config.eval_source and not 0 < config.eval_fraction < 1:
-        raise ValueError(f"task.eval_fraction must lie between 0 and 1, got {config.eval_fraction}")
-    is_tokens = config.source != "stdlib" and _holds_tokens("source", config.source, config.pattern)
-    if config.eval_source and _holds_tokens("eval_source", config.eval_source, config.pattern) != is_tokens:
-        raise ValueError(
-            f"task.source={config.source!r} and task.eval_source={config.eval_source!r} must be of one "
-            "kind, both bytes or both token arrays"
-        )
-    splits = _load_tokens(config) if is_tokens else _load_bytes(config)
+    splits = _load(config)
     for name, corpus in (("training", splits.train), ("validation", splits.validation)):
         if not corpus.targets:
             raise ValueError(
@@ -106,11 +103,48 @@ def load(config: SourceConfig) -> Splits:
     return splits
 
 
+def _load(config: SourceConfig) -> Splits:
+    if config.source != "stdlib" and prepared.is_prepared(config.source):
+        return _load_prepared(config)
+    if not config.eval_source and not 0 < config.eval_fraction < 1:
+        raise ValueError(f"task.eval_fraction must lie between 0 and 1, got {config.eval_fraction}")
+    is_tokens = config.source != "stdlib" and _holds_tokens("source", config.source, config.pattern)
+    if config.eval_source and _holds_tokens("eval_source", config.eval_source, config.pattern) != is_tokens:
+        raise ValueError(
+            f"task.source={config.source!r} and task.eval_source={config.eval_source!r} must be of one "
+            "kind, both bytes or both token arrays"
+        )
+    return _load_tokens(config) if is_tokens else _load_bytes(config)
+
+
+def _load_prepared(config: SourceConfig) -> Splits:
+    for field in ("vocab_size", "separator_id", "bytes_per_token"):
+        if getattr(config, field) is not None:
+            raise ValueError(
+                f"task.{field}={getattr(config, field)} is set, but the prepared corpus task.source="
+                f"{config.source!r} has its own; leave the field unset"
+            )
+    if config.eval_source:
+        raise ValueError(
+            f"task.eval_source={config.eval_source!r} does not go with the prepared corpus task.source="
+            f"{config.source!r}, which has its own validation side"
+        )
+    corpus = prepared.load(config.source)
+    return Splits(
+        corpus.train,
+        corpus.validation,
+        corpus.vocab_size,
+        corpus.separator_id,
+        manifest=None,
+        prepared=corpus,
+    )
+
+
 def find_files(field: str, source: str, pattern: str = "") -> tuple[epath.Path, list[str]]:
     """The root and the sorted relative paths of the files of a path, directory or glob.
 
     Raises:
-        FileNotFoundError: naming ``task.<field>``, when there are none.
+        FileNotFoundError: naming ``field``, when there are none.
     """
     expanded = os.path.expanduser(source)
     path, wildcard = epath.Path(expanded), re.search(r"[*?\[]", expanded)
@@ -126,13 +160,13 @@ def find_files(field: str, source: str, pattern: str = "") -> tuple[epath.Path, 
     elif path.exists():
         return path.parent, [path.name]
     else:
-        raise FileNotFoundError(f"task.{field}={source!r}: {path} does not exist. Sources are {ACCEPTED}")
+        raise FileNotFoundError(f"{field}={source!r}: {path} does not exist. Sources are {ACCEPTED}")
     relative = [p.relative_to(root) for p in found if fnmatch.fnmatch(p.name, pattern or "*")]
     visible = [r for r in relative if not any(part.startswith(".") for part in r.parts)]
     paths = sorted(r.as_posix() for r in visible if (root / r).is_file())
     if not paths:
         raise FileNotFoundError(
-            f"task.{field}={source!r}: no file in {root} matches (task.pattern={pattern!r}; hidden files are "
+            f"{field}={source!r}: no file in {root} matches (pattern {pattern!r}; hidden files are "
             f"skipped). Sources are {ACCEPTED}"
         )
     return root, paths
@@ -140,7 +174,7 @@ def find_files(field: str, source: str, pattern: str = "") -> tuple[epath.Path, 
 
 def _holds_tokens(field: str, source: str, pattern: str) -> bool:
     """Whether the files of a path are token arrays, by their suffixes."""
-    _, paths = find_files(field, source, pattern)
+    _, paths = find_files(f"task.{field}", source, pattern)
     arrays = [p for p in paths if p.endswith(TOKEN_SUFFIXES)]
     if arrays and len(arrays) < len(paths):
         other = next(p for p in paths if p not in arrays)
@@ -153,11 +187,11 @@ def _holds_tokens(field: str, source: str, pattern: str) -> bool:
 
 def _load_bytes(config: SourceConfig) -> Splits:
     """Files of bytes: each is a document, and lies on one side unless it is the only one."""
-    root, files, held_out, rule = _byte_files(config)
-    train = {path: data for path, data in files.items() if path not in held_out}
-    validation = {path: data for path, data in files.items() if path in held_out}
+    root, files, kept, rule = _byte_files(config)
+    train = {path: data for path, data in files.items() if path not in kept}
+    validation = {path: data for path, data in files.items() if path in kept}
     if config.eval_source:
-        base, paths = find_files("eval_source", config.eval_source, config.pattern)
+        base, paths = find_files("task.eval_source", config.eval_source, config.pattern)
         train = {path: data for path, data in files.items() if root / path not in {base / p for p in paths}}
         validation = {path: (base / path).read_bytes() for path in paths}
         rule = {"split": "task.eval_source", "eval_source": str(base)}
@@ -179,17 +213,21 @@ def _load_bytes(config: SourceConfig) -> Splits:
 def _byte_files(config: SourceConfig) -> tuple[epath.Path, dict[str, bytes], set[str], dict[str, Any]]:
     """(root, {path: bytes}, held-out paths, rule for the manifest) of the source's own split."""
     if config.source == "stdlib":
-        root, files, held_out, rule = stdlib.load(config.pattern)
-        return epath.Path(root), files, held_out, rule
-    base, paths = find_files("source", config.source, config.pattern)
+        root, files, kept, rule = stdlib.load(config.pattern)
+        return epath.Path(root), files, kept, rule
+    base, paths = find_files("task.source", config.source, config.pattern)
     files = {path: (base / path).read_bytes() for path in paths}
     if len(paths) == 1:
         return base, files, set(), {"split": "tail of the file", "eval_fraction": config.eval_fraction}
+    rule = {"split": "by sha256 of the path", "eval_fraction": config.eval_fraction}
+    return base, files, held_out(paths, config.eval_fraction), rule
+
+
+def held_out(paths: Sequence[str], fraction: float) -> set[str]:
+    """About ``fraction`` of ``paths``, by their sha256; at least one on either side, none of a single one."""
     place = {p: int(hashlib.sha256(p.encode()).hexdigest()[:16], 16) / 2**64 for p in paths}
-    # At least one file on either side, whatever the hashes.
-    count = min(max(sum(v < config.eval_fraction for v in place.values()), 1), len(paths) - 1)
-    held_out = set(sorted(paths, key=lambda p: place[p])[:count])
-    return base, files, held_out, {"split": "by sha256 of the path", "eval_fraction": config.eval_fraction}
+    count = min(max(sum(v < fraction for v in place.values()), 1), len(paths) - 1)
+    return set(sorted(paths, key=lambda p: place[p])[:count])
 
 
 def _load_tokens(config: SourceConfig) -> Splits:
@@ -210,7 +248,7 @@ def _load_tokens(config: SourceConfig) -> Splits:
 def _token_arrays(field: str, source: str, config: SourceConfig) -> Sequence[np.ndarray]:
     """The 1-D integer arrays of a source; the ids at the head of each are checked here, all others when a
     batch is made."""
-    root, paths = find_files(field, source, config.pattern)
+    root, paths = find_files(f"task.{field}", source, config.pattern)
     arrays = [_token_array(root / path, config.token_dtype) for path in paths]
     for path, array in zip(paths, arrays):
         if array.ndim != 1 or array.dtype.kind not in "iu":
