@@ -6,9 +6,11 @@ import json
 from typing import Any
 
 from models.config import LMConfig
+from models.lora import LoRAConfig
 from runtime.checkpoint import CheckpointConfig
 from runtime.mesh import DistributedConfig, MeshConfig
 from runtime.optimizer import OptimConfig
+from runtime.warm_start import InitConfig
 from tasks.lm import LMTaskConfig
 
 
@@ -25,6 +27,9 @@ class TrainConfig:
         seed: of initialisation and dropout (the data order has its own, ``task.seed``).
         log_every: steps between metric records.
         eval_every: steps between evaluations; 0 evaluates at the end only.
+        freeze: glob patterns on paths of parameters that stay as they are (WORKDIR/parameters.txt has all;
+            "*" crosses "/").
+        unfreeze: these train and, but for LoRA's adapters, no others; () for all that nothing freezes.
         nonfinite: "stop" ends the run at the first non-finite loss or gradient, "skip" drops that update.
         matmul_precision: of float32 matmuls on accelerators: "default", "high", "highest" or "tensorfloat32".
         profile_at, profile_steps: trace this many steps from this step on into WORKDIR/profile; 0 for none.
@@ -37,6 +42,8 @@ class TrainConfig:
     seed: int = 0
     log_every: int = 10
     eval_every: int = 0
+    freeze: tuple[str, ...] = ()
+    unfreeze: tuple[str, ...] = ()
     nonfinite: str = "stop"
     matmul_precision: str = "default"
     profile_at: int = 0
@@ -49,11 +56,18 @@ class TrainConfig:
 
 @dataclasses.dataclass
 class Experiment:
-    """A whole run. ``name`` is free text; derived sizes are properties of the parts, never stored."""
+    """A whole run. ``name`` is free text; derived sizes are properties of the parts, never stored.
+
+    ``init_from`` is another run, RUN or RUN@STEP, whose parameters a fresh workdir starts with: all that
+    ``init`` lets in. ``lora`` puts adapters beside matrices and freezes everything else.
+    """
 
     name: str = "experiment"
+    init_from: str = ""
+    init: InitConfig = dataclasses.field(default_factory=InitConfig)
     model: LMConfig = dataclasses.field(default_factory=LMConfig)
     task: LMTaskConfig = dataclasses.field(default_factory=LMTaskConfig)
+    lora: LoRAConfig = dataclasses.field(default_factory=LoRAConfig)
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
@@ -73,6 +87,8 @@ class Experiment:
             raise ValueError(f"train.nonfinite={self.train.nonfinite!r} is unknown; use 'stop' or 'skip'")
         if self.train.log_every < 1:
             raise ValueError(f"train.log_every={self.train.log_every} must be at least 1")
+        if self.init != InitConfig() and not self.init_from:
+            raise ValueError(f"{self.init} is set, but init_from names no run to read")
         if self.task.carry_state and "*" in self.model.layers and self.model.attention.window is None:
             raise ValueError(
                 "task.carry_state=True with full attention would carry a cache without end; "

@@ -12,6 +12,7 @@ from configs.base import ConfigError, Experiment
 from configs.saved import from_json
 from models.functional import Functional
 from models.lm import LM
+from models.lora import with_lora
 from runtime import mesh as meshes
 from runtime import run_record
 from runtime.checkpoint import Checkpoints
@@ -97,7 +98,7 @@ def open_run(
         )
     try:
         config.model.validate()
-        model = Functional.create(lambda rngs: LM(config.model, rngs=rngs))
+        model = with_lora(Functional.create(lambda rngs: LM(config.model, rngs=rngs)), config.lora)
         devices = jax.devices() if mesh else jax.local_devices()[:1]
         over = meshes.make_mesh(mesh or meshes.MeshConfig(), devices)
         shardings = meshes.param_shardings(over, model.axes, model.shapes)

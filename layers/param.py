@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Float
 
 from pallas_kernels import spmd
 
@@ -57,9 +58,14 @@ class Linear(nnx.Module):
         self.bias = param(jnp.zeros(out_features), axes[1:], "vector") if use_bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        kernel = self.kernel[...].astype(x.dtype)
-        # On CPU a weight gradient that contracts two axes is 3x slower than one over flat rows; with time
-        # sharded, flattening [B, L] would gather it.
-        flat = x.ndim > 2 and spmd.sequence_parts() == 1
-        y = (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], -1) if flat else x @ kernel
+        y = project(x, self.kernel[...])
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+
+
+def project(x: Float[Array, "*b I"], kernel: Float[Array, "I O"]) -> Float[Array, "*b O"]:
+    """``x @ kernel``, the kernel cast to the dtype of ``x``."""
+    kernel = kernel.astype(x.dtype)
+    # On CPU a weight gradient that contracts two axes is 3x slower than one over flat rows; with time
+    # sharded, flattening [B, L] would gather it.
+    flat = x.ndim > 2 and spmd.sequence_parts() == 1
+    return (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], -1) if flat else x @ kernel

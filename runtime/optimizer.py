@@ -20,8 +20,10 @@ from jaxtyping import Array, Num, PyTree
 
 from runtime.schedule import ScheduleConfig, check_schedule, make_schedule
 
-ROLES = ("matrix", "embedding", "head", "vector", "conv", "dynamics")
+ROLES = ("matrix", "embedding", "head", "vector", "conv", "dynamics", "adapter")
 """The known first parts of roles."""
+FROZEN = "frozen"
+"""First part of the role of a parameter that is not trained, before its own role; no group changes it."""
 STACKED = ("layers", "experts")
 """Axes that stack independent weights; Muon treats them as a batch of matrices."""
 ALGORITHMS = ("adamw", "muon", "frozen")
@@ -144,6 +146,21 @@ def group_table(config: OptimConfig, roles: PyTree, axes: PyTree, params_shapes:
     return rows
 
 
+def trained_parameters(config: OptimConfig, roles: PyTree, axes: PyTree, params_shapes: PyTree) -> PyTree:
+    """A bool a parameter: whether it is updated at all.
+
+    Raises:
+        ValueError: none is.
+    """
+    trained = [row.algorithm != FROZEN for row in group_table(config, roles, axes, params_shapes)]
+    if not any(trained):
+        raise ValueError(
+            "every parameter is frozen, by train.freeze, train.unfreeze or optim.groups: nothing would train"
+        )
+    structure: Any = jax.tree.structure(params_shapes)
+    return structure.unflatten(trained)
+
+
 def format_table(rows: Sequence[GroupRow]) -> str:
     """The rows as aligned text, with a header and the number of parameters a group."""
     cells = [("parameter", "shape", "role", "group", "algorithm", "lr", "factor", "decay")]
@@ -210,6 +227,8 @@ def parameter_path(keys: Sequence[Any]) -> str:
 def _row(config: OptimConfig, path: str, shape: tuple[int, ...], role: str) -> GroupRow:
     """The group of one parameter, and what the group does."""
     parts = role.split("/") if isinstance(role, str) else [""]
+    if parts[0] == FROZEN:
+        return GroupRow(path, shape, role, FROZEN, FROZEN, 0.0, 0.0, 0.0)
     if parts[0] not in ROLES:
         raise ValueError(
             f"parameter {path} has the role {role!r}: expected one that starts with {', '.join(ROLES)}."

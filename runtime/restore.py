@@ -66,15 +66,20 @@ def restore(path: epath.Path, target: PyTree, partial: bool) -> PyTree:
         ArchitectureError: names, shapes or dtypes differ.
         Exception: whatever orbax raises on files that are missing or damaged.
     """
-    handler = ocp.PyTreeCheckpointHandler()
     wanted = tree_diff.leaves(target)
-    _check(path, tree_diff.leaves(handler.metadata(path).tree), wanted, partial)
+    _check(path, tree_diff.leaves(ocp.PyTreeCheckpointHandler().metadata(path).tree), wanted, partial)
+    return read(path, target, partial)
+
+
+def read(path: epath.Path, target: PyTree, partial: bool) -> PyTree:
+    """As :func:`restore`, of any leaves of the stored tree, whose names and shapes are known to be right."""
     arguments = jax.tree.map(
         lambda a: ocp.ArrayRestoreArgs(sharding=a.sharding, global_shape=a.shape, dtype=a.dtype), target
     )
-    loaded = handler.restore(
+    loaded = ocp.PyTreeCheckpointHandler().restore(
         path, args=ocp.args.PyTreeRestore(target, restore_args=arguments, partial_restore=partial)
     )
+    wanted = tree_diff.leaves(target)
     # A lost array_metadatas/ file goes unnoticed by orbax: a PRNG key then comes back as plain integers.
     for name, leaf in tree_diff.leaves(loaded).items():
         want = wanted[name]

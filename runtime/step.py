@@ -11,6 +11,7 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Int, PyTree
 
+from runtime.freeze import pick, put_back
 from runtime.optimizer import OptimConfig, parameter_path, update_ema
 from runtime.schedule import make_schedule
 from runtime.state import WHOLE, TrainState
@@ -54,6 +55,7 @@ def make_train_step(
     seed: int = 0,
     shardings: PyTree = None,
     carry_axes: PyTree = 0,
+    trained: PyTree = None,
 ) -> TrainStep:
     """The jitted ``step(state, batch) -> (state, metrics)``; it donates ``state``.
 
@@ -66,6 +68,8 @@ def make_train_step(
         shardings: of the state, from ``state_shardings``; None on a single device.
         carry_axes: axis of B in the carried arrays, an int or a tree prefix of ints; ``WHOLE`` marks an array
             without one (normalisation statistics), which passes from microbatch to microbatch.
+        trained: a bool a parameter, from ``trained_parameters``; None for all. The gradient with respect to
+            the others is not computed, and they stay the same to the bit.
 
     The metrics are float32 scalars: the task's, and ``loss``, ``weight``, ``grad_norm`` (before clipping),
     ``param_norm`` (before the update), ``update_norm``, ``learning_rate`` (of ``optim.lr``). Besides:
@@ -78,11 +82,14 @@ def make_train_step(
     def step(state: TrainState, batch: PyTree) -> tuple[TrainState, dict[str, jax.Array]]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         params = None if shardings is None else shardings.params
-        total = accumulate(loss_fn, state, batch, key, config.accumulation, carry_axes, params)
+        total = accumulate(loss_fn, state, batch, key, config.accumulation, carry_axes, params, trained)
         weight = total.sums["loss"][1]
         grads = jax.tree.map(lambda g: g / jnp.where(weight == 0, 1.0, weight), total.grads)
         metrics = {name: s / jnp.where(w == 0, 1.0, w) for name, (s, w) in total.sums.items()}
-        squares = jnp.stack([jnp.sum(jnp.square(g)) for g in jax.tree.leaves(grads)])
+        # In the order of all parameters, which nonfinite_parameter counts in: 0 for those that are frozen.
+        zeros = jax.tree.map(lambda _: jnp.zeros(()), state.params)
+        norms = put_back(zeros, jax.tree.map(lambda g: jnp.sum(jnp.square(g)), grads))
+        squares = jnp.stack(jax.tree.leaves(norms))
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(squares).all()
 
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
@@ -120,6 +127,7 @@ def accumulate(
     microbatches: int,
     carry_axes: PyTree = 0,
     param_shardings: PyTree = None,
+    trained: PyTree = None,
 ) -> Gradient:
     """Float32 sums over ``batch`` (leaves [B, ...]), computed in ``microbatches`` parts one after the other.
 
@@ -131,7 +139,7 @@ def accumulate(
     """
     carry = state.extras.get("carry")
     if microbatches == 1:
-        return _gradient(loss_fn, state.params, batch, carry, key)
+        return _gradient(loss_fn, state.params, batch, carry, key, trained)
     size = jax.tree.leaves(batch)[0].shape[0]
     if size % microbatches:
         raise ValueError(f"task.batch_size={size} must be a multiple of optim.accumulation={microbatches}.")
@@ -141,17 +149,17 @@ def accumulate(
         grads, carry = totals
         index, rows = xs
         mine = jax.tree.map(lambda a, x: x if a == WHOLE else x[index], axes, carry)
-        out = _gradient(loss_fn, state.params, rows, mine, jax.random.fold_in(key, index))
+        out = _gradient(loss_fn, state.params, rows, mine, jax.random.fold_in(key, index), trained)
         grads = jax.tree.map(jnp.add, grads, out.grads)
         if param_shardings is not None:
             # Else the accumulator, a copy of all parameters, could end up whole on every device.
-            grads = jax.lax.with_sharding_constraint(grads, param_shardings)
+            grads = jax.lax.with_sharding_constraint(grads, pick(param_shardings, trained))
         carry = jax.tree.map(
             lambda a, x, new: new if a == WHOLE else x.at[index].set(new), axes, carry, out.carry
         )
         return (grads, carry), out.sums
 
-    zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), state.params)
+    zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), pick(state.params, trained))
     carry = jax.tree.map(lambda a, x: x if a == WHOLE else _split(x, microbatches, a), axes, carry)
     rows = jax.tree.map(lambda x: _split(x, microbatches, 0), batch)
     (grads, carry), sums = jax.lax.scan(part, (zeros, carry), (jnp.arange(microbatches), rows))
@@ -174,11 +182,13 @@ def _leaves_finite(tree: PyTree) -> list[jax.Array]:
     return [jnp.isfinite(x).all() for x in jax.tree.leaves(tree)]
 
 
-def _gradient(loss_fn: LossFn, params: PyTree, batch: PyTree, carry: PyTree, key: Array) -> Gradient:
-    """Gradient of the loss sum over one microbatch."""
+def _gradient(
+    loss_fn: LossFn, params: PyTree, batch: PyTree, carry: PyTree, key: Array, trained: PyTree
+) -> Gradient:
+    """Gradient of the loss sum over one microbatch, with respect to what is trained."""
 
-    def objective(params: PyTree) -> tuple[jax.Array, tuple[PyTree, dict[str, Pair]]]:
-        (loss_sum, weight), (new_carry, metrics) = loss_fn(params, batch, carry, key)
+    def objective(part: PyTree) -> tuple[jax.Array, tuple[PyTree, dict[str, Pair]]]:
+        (loss_sum, weight), (new_carry, metrics) = loss_fn(put_back(params, part), batch, carry, key)
         taken = sorted(set(metrics) & set(REPORTED))
         if taken:
             raise ValueError(f"the task's metrics {taken} have names that the train step reports itself.")
@@ -186,7 +196,7 @@ def _gradient(loss_fn: LossFn, params: PyTree, batch: PyTree, carry: PyTree, key
         sums = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), sums)
         return sums["loss"][0], (new_carry, sums)
 
-    grads, (new_carry, sums) = jax.grad(objective, has_aux=True)(params)
+    grads, (new_carry, sums) = jax.grad(objective, has_aux=True)(pick(params, trained))
     return Gradient(jax.tree.map(lambda g: g.astype(jnp.float32), grads), sums, new_carry)
 
 
@@ -194,7 +204,11 @@ def _apply(
     state: TrainState, updates: PyTree, opt_state: PyTree, carry: PyTree, config: OptimConfig
 ) -> TrainState:
     """The state after an update."""
-    params = optax.apply_updates(state.params, updates)
+    params = jax.tree.map(
+        lambda p, u: p if isinstance(u, optax.MaskedNode) else optax.apply_updates(p, u),
+        state.params,
+        updates,
+    )
     extras = dict(state.extras)
     if config.ema_decay is not None:
         extras["ema"] = update_ema(extras["ema"], params, config.ema_decay, state.step)
