@@ -1,4 +1,4 @@
-"""What a finished language-model run shows: numbers beside simple compressors, a sample, a loss curve."""
+"""What a finished language-model run shows: numbers beside simple compressors, a sample, a report."""
 
 from __future__ import annotations
 
@@ -11,20 +11,14 @@ import numpy as np
 from etils import epath
 
 from configs.base import TrainConfig
-from eval import curves
+from eval import curves, report
 from eval.decode import decode
+from eval.report.words import REFERENCES
 from eval.sampling import Sampling
 from models.functional import Functional
+from runtime.host import peak_memory
 from tasks.compressors import reference_bits_per_byte
 from tasks.lm import LMTask
-
-# As printed: name of the metric -> words.
-COMPRESSORS = {
-    "ngram_order_2": "order-2 n-gram",
-    "ngram_order_3": "order-3 n-gram",
-    "xz": "xz -9, validation alone",
-    "xz_primed": "xz -9, primed with training text",
-}
 
 
 def finish(
@@ -36,8 +30,12 @@ def finish(
     workdir: epath.Path,
     say: Callable[[str], None],
 ) -> dict[str, Any]:
-    """``results`` with what the config asks for beside them; written to result.json, loss.png, sample.txt."""
-    results = dict(results)
+    """``results`` with peak memory and what the config asks for beside them.
+
+    Written to result.json, loss.png, sample.txt and report.html.
+    """
+    # Before the compressors, which may need more memory than the training did.
+    results = dict(results) | {f"memory/{name}_peak_bytes": size for name, size in peak_memory().items()}
     references: dict[str, float] = {}
     if config.baselines and task.manifest is not None:
         references = reference_bits_per_byte(
@@ -54,19 +52,19 @@ def finish(
     if jax.process_index() == 0:
         records = curves.read_records(workdir / "metrics.jsonl")
         reference = {
-            COMPRESSORS[name]: references[name] for name in list(COMPRESSORS)[:3] if name in references
+            REFERENCES[name]: references[name] for name in list(REFERENCES)[:3] if name in references
         }
         curves.plot_loss(records, workdir / "loss.png", reference=reference)
         if text is not None:
             (workdir / "sample.txt").write_text(text)
         (workdir / "result.json").write_text(json.dumps(results, indent=2) + "\n")
-        say(f"curve {workdir / 'loss.png'}, numbers {workdir / 'result.json'}")
+        say(f"report {report.write([workdir])}, curve {workdir / 'loss.png'}, {workdir / 'result.json'}")
     return results
 
 
 def comparison(bits_per_byte: float, references: Mapping[str, float]) -> list[str]:
     """Lines of a small table, the best last but for the model itself."""
-    rows = [(COMPRESSORS.get(name, name), value) for name, value in references.items()]
+    rows = [(REFERENCES.get(name, name), value) for name, value in references.items()]
     rows = [*sorted(rows, key=lambda row: -row[1]), ("this model", bits_per_byte)]
     width = max(len(name) for name, _ in rows)
     return ["validation, bits per byte:", *(f"  {name:<{width}}  {value:.3f}" for name, value in rows)]
