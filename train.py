@@ -87,7 +87,8 @@ def setup(config: Experiment, devices: Sequence[jax.Device] | None = None) -> Se
         mesh = meshes.make_mesh(config.mesh, devices)
         meshes.check_batch(mesh, config.task.batch_size, config.task.seq_len, config.optim.accumulation)
         task = LMTask(config.task)
-        meshes.check_batch(mesh, *task.eval_shape, prefix="eval_")
+        for prefix, shape in task.shapes.items():
+            meshes.check_batch(mesh, *shape, prefix=prefix)
         if task.vocab_size > config.model.vocab_size:
             raise ValueError(
                 f"model.vocab_size={config.model.vocab_size}, but task.source has ids up to "
@@ -221,7 +222,8 @@ class Loop:
         self.progress, self.clock, self.workdir = progress, clock, workdir
         self.tokens = s.config.task.batch_size * s.config.task.seq_len
         self.sharding = meshes.batch_sharding(s.mesh)
-        per_token = s.model.bind(s.model.shapes).flops_per_token(s.config.task.seq_len)
+        lm, lengths = s.model.bind(s.model.shapes), s.task.length_shares
+        per_token = sum(share * lm.flops_per_token(length) for length, share in lengths.items())
         self.flops = 3 * per_token * self.tokens  # a backward pass costs twice the forward
         self.peak = peak_flops(jax.devices()[0])
 
@@ -231,18 +233,21 @@ class Loop:
         data = self.s.task.train(local_rows(self.sharding, batch_size))
         feed = Feed(data, self.sharding, batch_size, start_step=start, end_step=config.train.steps)
         pending: Mapping[str, jax.Array] | None = None
+        compiled = set[tuple[int, ...]]()  # shapes of batches
         with feed, Preemption() as preemption:
             for step in range(start, config.train.steps):
                 with self.clock.measure("data"):
                     _, batch = next(feed)
                 self._profile(step)
-                with self.clock.measure("compile" if step == start else "step"):
+                shape = batch["tokens"].shape
+                with self.clock.measure("step" if shape in compiled else "compile"):
                     state, metrics = self.s.train_step(state, batch)
                     if pending is not None:  # the step just dispatched runs on meanwhile
                         self._settle(step, pending)
                     elif step == start:
                         jax.block_until_ready(metrics)
                 done, pending = step + 1, metrics
+                compiled.add(shape)
                 evaluate = config.train.eval_every and done % config.train.eval_every == 0
                 save = config.checkpoint.every and done % config.checkpoint.every == 0
                 stop = preemption.should_stop(done)

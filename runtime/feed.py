@@ -21,7 +21,8 @@ POLL = 0.1  # seconds between looks at whether the feed was closed
 
 @runtime_checkable
 class Dataset(Protocol):
-    """``dataset[step]``: this process's rows of the batch of a step, arrays [rows, ...] by name."""
+    """``dataset[step]``: this process's rows of the batch of a step, arrays [rows, ...] by name; or n rows in
+    place of each, with the same n in every process."""
 
     def __getitem__(self, step: int) -> dict[str, np.ndarray]: ...
 
@@ -159,7 +160,12 @@ class _Source:
 
     def try_load(self, step: int) -> dict[str, jax.Array] | DataError:
         try:
-            return global_batch(self.dataset[step], self.sharding, self.batch_size, self.rows)
+            batch, rows = self.dataset[step], self.rows
+            # With length buckets rows may be shorter, and as many times more.
+            loaded = min((len(array) for array in batch.values()), default=0)
+            times = max(loaded // (rows.stop - rows.start), 1)
+            rows = slice(rows.start * times, rows.stop * times)
+            return global_batch(batch, self.sharding, self.batch_size * times, rows)
         except Exception as cause:
             error = DataError(
                 f"the batch of step {step} could not be loaded: {type(cause).__name__}: {cause}"

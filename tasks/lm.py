@@ -14,6 +14,7 @@ from etils import epath
 from jaxtyping import Array
 
 from tasks import bpe, sources
+from tasks.buckets import BucketPacker, Curriculum
 from tasks.packing import Layout, Packer
 from tasks.prepared import Prepared
 from tasks.tokenizer import ByteTokenizer, Tokenizer
@@ -26,7 +27,10 @@ class LMTaskConfig(sources.SourceConfig):
 
     Attributes:
         seq_len, batch_size: L and B, of the global batch.
-        packing: "docs" or "stream"; see `tasks.packing.Layout`.
+        packing: "docs" or "stream", see `tasks.packing.Layout`; or "buckets", see `tasks.buckets`: rows of
+            one length a batch, from ``shortest_seq_len`` to ``seq_len``, and more of them where they are
+            shorter. Validation is then as with "docs".
+        shortest_seq_len, curriculum, curriculum_cycles: of "buckets"; see `tasks.buckets.Curriculum`.
         carry_state: row r of batch s + 1 continues row r of batch s (truncated backpropagation).
         seed: of the data order.
         eval_seq_len, eval_batch_size: for validation; None: as in training.
@@ -36,6 +40,9 @@ class LMTaskConfig(sources.SourceConfig):
     seq_len: int = 256
     batch_size: int = 8
     packing: str = "docs"
+    shortest_seq_len: int = 64
+    curriculum: str = "grow_p2"
+    curriculum_cycles: int = 8
     carry_state: bool = False
     seed: int = 0
     eval_seq_len: int | None = None
@@ -62,6 +69,7 @@ class LMTask:
             layout,
             batch_size=config.batch_size if config.eval_batch_size is None else config.eval_batch_size,
             seq_len=config.seq_len if config.eval_seq_len is None else config.eval_seq_len,
+            packing="docs" if config.packing == "buckets" else config.packing,
             carry_state=False,  # every validation batch is evaluated from an empty state
         )
         self.eval_shape = (eval_layout.batch_size, eval_layout.seq_len)
@@ -85,7 +93,12 @@ class LMTask:
                 f"batch of task.batch_size={config.batch_size} x task.seq_len={config.seq_len} = {needed}: "
                 "lower those, or raise task.max_train_tokens"
             )
-        self._train = Packer(self.training, layout, seed=config.seed)
+        self._train: Packer | BucketPacker
+        if config.packing == "buckets":
+            curriculum = Curriculum(config.shortest_seq_len, config.curriculum, config.curriculum_cycles)
+            self._train = BucketPacker(self.training, layout, curriculum, seed=config.seed)
+        else:
+            self._train = Packer(self.training, layout, seed=config.seed)
         # Its own fixed seed: validation is the same whatever the seed of the run.
         self._eval = Packer(self.validation, eval_layout, seed=0, once=True)
 
@@ -98,6 +111,19 @@ class LMTask:
     def steps_per_epoch(self) -> int:
         """Training steps that see every target once."""
         return self._train.steps_per_epoch
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """(B, L) of validation and of the shortest training rows, by prefix of the fields that set them."""
+        shapes = {"eval_": self.eval_shape}
+        if self.config.packing == "buckets":
+            shapes["shortest_"] = (self.config.batch_size, self.config.shortest_seq_len)
+        return shapes
+
+    @property
+    def length_shares(self) -> dict[int, float]:
+        """Share of the training steps by the length of their rows."""
+        return self._train.length_shares
 
     def train(self, rows: slice | None = None) -> grain.MapDataset:
         """``dataset[s]`` is batch s (`tasks.types.token_batch_spec`), or its rows ``rows``; s >= 0."""

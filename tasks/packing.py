@@ -22,12 +22,12 @@ from jaxtyping import Int
 
 from tasks.corpus import Corpus
 
-PACKINGS = ("docs", "stream")
+PACKINGS = ("docs", "stream", "buckets")
 _MAX_ID = 2**31 - 1
 # float32 holds integers exactly up to here; rotary embeddings would lose positions beyond. Rows that carry
 # state may go further: there is no other way to read on, and recurrent mixers do not look at positions.
 _EXACT = 2**24
-_ENDLESS = 2**62  # length of a training dataset; below sys.maxsize so that slices of it stay representable
+ENDLESS = 2**62  # length of a training dataset; below sys.maxsize so that slices of it stay representable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Layout:
         batch_size, seq_len: B and L.
         packing: "docs": a segment per document; positions count from its start, also in a window that begins
             inside it. "stream": documents run on into each other; a row (with carried state: a row's part of
-            the epoch) is one segment.
+            the epoch) is one segment. "buckets" is laid out by `tasks.buckets`.
         carry_state: rows continue from batch to batch.
     """
 
@@ -53,6 +53,14 @@ class Layout:
                 raise ValueError(f"task.{name} must be at least 1, got {getattr(self, name)}")
         if self.packing not in PACKINGS:
             raise ValueError(f"task.packing must be one of {PACKINGS}, got {self.packing!r}")
+
+
+def row_range(rows: slice | None, batch_size: int) -> tuple[int, int]:
+    """Start and stop of ``rows`` (None for all); ValueError unless they are a non-empty part of a batch."""
+    start, stop, stride = (rows or slice(None)).indices(batch_size)
+    if rows is not None and (stride != 1 or not start < stop or (rows.stop or 0) > batch_size):
+        raise ValueError(f"rows must be a non-empty slice within 0..{batch_size}, got {rows}")
+    return start, stop
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,14 +89,15 @@ class Packer:
             return math.ceil(math.ceil(self.pairs / rows) / length)
         return math.ceil(self._windows / rows)
 
+    @property
+    def length_shares(self) -> dict[int, float]:
+        """Share of the steps by the length of their rows: all of them have one."""
+        return {self.layout.seq_len: 1.0}
+
     def dataset(self, rows: slice | None = None, limit: int | None = None) -> grain.MapDataset:
         """``dataset[s]``: rows ``rows`` of batch s. With ``once``, at most ``limit`` batches."""
-        start, stop, stride = (rows or slice(None)).indices(self.layout.batch_size)
-        if rows is not None and (
-            stride != 1 or not start < stop or (rows.stop or 0) > self.layout.batch_size
-        ):
-            raise ValueError(f"rows must be a non-empty slice within 0..{self.layout.batch_size}, got {rows}")
-        length = min(self.steps_per_epoch, limit or self.steps_per_epoch) if self.once else _ENDLESS
+        start, stop = row_range(rows, self.layout.batch_size)
+        length = min(self.steps_per_epoch, limit or self.steps_per_epoch) if self.once else ENDLESS
         return grain.MapDataset.range(length).map(lambda step: self.batch(step, start, stop))
 
     def batch(self, step: int, start: int = 0, stop: int | None = None) -> dict[str, np.ndarray]:
@@ -101,12 +110,17 @@ class Packer:
             return self._rows(epoch, part, part + inner * self.layout.seq_len, end)
         index = int(step) * self.layout.batch_size + row
         if self.once:
-            return self._windowed(0, index)
+            return self.windows(0, index)
         epochs = index // self._windows
-        parts = [
-            self._windowed(int(e), index[epochs == e] - int(e) * self._windows) for e in np.unique(epochs)
-        ]
+        parts = [self.windows(int(e), index[epochs == e] - int(e) * self._windows) for e in np.unique(epochs)]
         return parts[0] if len(parts) == 1 else {k: np.concatenate([p[k] for p in parts]) for k in parts[0]}
+
+    def windows(self, epoch: int, slot: Int[np.ndarray, " b"]) -> dict[str, np.ndarray]:
+        """Rows [b, L] of the windows in these slots of an epoch's order; slots past the end are padding."""
+        windows = self._epoch(epoch).windows
+        window = np.where(slot < len(windows), windows[np.minimum(slot, len(windows) - 1)], len(windows))
+        begin = window * self.layout.seq_len
+        return self._rows(epoch, begin, begin, np.full_like(begin, self.pairs))
 
     @property
     def _windows(self) -> int:
@@ -124,13 +138,6 @@ class Packer:
                 f"positions would run to {longest}, above {limit}: a document is too long. Split token "
                 'arrays with task.separator_id, or set task.packing="stream" (with task.carry_state=False)'
             )
-
-    def _windowed(self, epoch: int, slot: Int[np.ndarray, " b"]) -> dict[str, np.ndarray]:
-        """Rows holding the windows in these slots of an epoch's order; slots past the end are padding."""
-        windows = self._epoch(epoch).windows
-        window = np.where(slot < len(windows), windows[np.minimum(slot, len(windows) - 1)], len(windows))
-        begin = window * self.layout.seq_len
-        return self._rows(epoch, begin, begin, np.full_like(begin, self.pairs))
 
     def _rows(
         self,
