@@ -97,7 +97,7 @@ def comparison_tables(groups: Sequence[Group], metrics: Sequence[str]) -> list[T
         for j, metric in enumerate(metrics):
             if len(groups) > 1 and _best(groups, metric) is group:
                 best.append((i, 5 + j))
-        rows.append([group.label, _lines(_shape(group.runs[0])), *_sizes(group), *measured, *_costs(group)])
+        rows.append([group.label, _shape_lines(group.runs[0]), *_sizes(group), *measured, *_costs(group)])
     caption = (
         "± is the sample standard deviation over seeds. Tokens seen count every position of the batches. "
         "Tokens/s and MFU are medians over training; on a CPU, MFU is relative to its measured matmul rate."
@@ -190,14 +190,16 @@ def _best(groups: Sequence[Group], metric: str) -> Group | None:
     return groups[min(finite)[1]] if finite else None
 
 
-def _shape(run: Run) -> str:
+def _shape(run: Run, between: str = ", ") -> str:
+    """Layer pattern and width."""
     pattern, width = run.fields.get("model.pattern"), run.fields.get("model.d_model")
-    return f"{pattern}, width {width}" if pattern is not None else words.MISSING
+    return words.MISSING if pattern is None else f"{pattern}{between}width {width}"
 
 
-def _lines(text: str, width: int = 28) -> str:
-    """Cut into lines, since a pattern of a hundred layers has no place to break."""
-    return "\n".join(text[i : i + width] for i in range(0, len(text), width))
+def _shape_lines(run: Run) -> str:
+    """In lines of bounded width, since a pattern of a hundred layers has no good place to break."""
+    parts = _shape(run, "\n").splitlines()
+    return "\n".join(line[i : i + 24] for line in parts for i in range(0, len(line), 24))
 
 
 def _measured(group: Group, metric: str) -> str:

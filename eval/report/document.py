@@ -81,7 +81,7 @@ class Text:
     """Text as it is, such as a sample or a config.
 
     Attributes:
-        folded: shown only when its title is opened; print shows it always.
+        folded: shown, and printed, only when its title has been opened.
     """
 
     title: str

@@ -110,11 +110,10 @@ def material(run: Run) -> dict[str, Any]:
 def _labels(by_config: dict[str, list[Run]]) -> list[str]:
     """The config's name; with the directory, short or in full, where several have the same."""
     groups = list(by_config.values())
-    for form in (_name, _name_and_directory, _name_and_path):
-        labels = [form(group) for group in groups]
-        if len(set(labels)) == len(labels):
-            return labels
-    return [f"{label} [{i}]" for i, label in enumerate(labels, 1)]
+    labels = [_name(group) for group in groups]
+    for form in (_name_and_directory, _name_and_path):
+        labels = [form(g) if labels.count(label) > 1 else label for g, label in zip(groups, labels)]
+    return labels
 
 
 def _name(runs: Sequence[Run]) -> str:

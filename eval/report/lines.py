@@ -85,7 +85,8 @@ def _learning(
 ) -> Chart:
     """A chart that shows all but the beginning, and the references that are near."""
     end = max((x for s in series for x in s.x), default=0.0)
-    late = [y for s in series for x, y in zip(s.x, s.y) if x >= BEGINNING * end and math.isfinite(y)]
+    late = [y for s in series for x, y in zip(s.x, s.y) if x >= min(BEGINNING * end, s.x[-1])]
+    late = [y for y in late if math.isfinite(y)]
     caption = []
     if any(s.thin for s in series):
         caption = [
@@ -116,7 +117,7 @@ def probe_sections(groups: Sequence[Group]) -> list[Section]:
 def _probe_section(groups: Sequence[Group], name: str) -> Section:
     results = [(g, probe) for g in groups for run in g.runs if (probe := run.probes.get(name))]
     steps = sorted({probe.step for _, probe in results})
-    said = [f"At step {words.listed([str(s) for s in steps])}."]
+    said = [f"Measured at step {words.listed([str(s) for s in steps])}."]
     failures = dict.fromkeys(
         f"{g.label}: no result, {p.failure.rstrip('.')}." for g, p in results if p.failure
     )
