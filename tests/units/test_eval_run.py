@@ -26,7 +26,7 @@ FEW = ["loss_by_position.min_documents=2", "length_extrapolation.min_rows=2"]
 def experiment(corpus):
     config = tiny(corpus, steps=4)
     config.task.eval_fraction, config.task.eval_batches = 0.3, None
-    config.checkpoint.every = 2
+    config.model.pattern, config.checkpoint.every = "M*", 2
     return config
 
 
