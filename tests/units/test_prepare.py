@@ -5,23 +5,26 @@ import dataclasses
 import hashlib
 import json
 import math
-import os
 import pathlib
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import train
 from tasks import prepared, sources
-from tasks.bpe import BPETokenizer
+from tasks.bpe import BPETokenizer, of_run
 from tasks.lm import LMTask, LMTaskConfig
 from tasks.tokenizer import ByteTokenizer
 from tasks.types import combine_means
+from tests.experiments import tiny
 from tools.prepare import plan
 from tools.prepare.__main__ import main
 
@@ -264,7 +267,7 @@ def test_a_prepared_source_is_checked(bpe, tmp_path):
     with pytest.raises(ValueError, match=r"fewer than one batch of task\.batch_size=4000"):
         LMTask(dataclasses.replace(config(bpe[0]), batch_size=4000))
     copy = tmp_path / "copy"
-    os.system(f"cp -r {bpe[0]} {copy}")
+    shutil.copytree(bpe[0], copy)
     shard = next(copy.glob("train*.bin"))
     data = bytearray(shard.read_bytes())
     data[10] ^= 1
@@ -277,13 +280,20 @@ def test_a_prepared_source_is_checked(bpe, tmp_path):
 
 
 def test_a_run_keeps_its_tokenizer(bpe, tmp_path):
-    task = LMTask(config(bpe[0]))
-    task.save_tokenizer(tmp_path)
-    task.save_tokenizer(tmp_path)
-    assert (tmp_path / "tokenizer.json").read_text() == (bpe[0] / "tokenizer.json").read_text()
-    (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(ValueError, match="trained with another tokenizer"):
-        task.save_tokenizer(tmp_path)
+    experiment = tiny(bpe[0], steps=3)
+    experiment.model.pattern, experiment.model.vocab_size = "-", 400  # compiles soonest
+    experiment.task.eval_batches = 1
+    results = train.run(experiment, tmp_path, jax.devices()[:1])
+    assert 0 < results["validation/bits_per_byte"] < 9
+    kept = tmp_path / "tokenizer.json"
+    assert kept.read_text() == (bpe[0] / "tokenizer.json").read_text()
+    assert of_run(tmp_path, experiment.task).vocab_size == 400
+    kept.write_text("{}")
+    with pytest.raises(train.ConfigError, match="trained with another tokenizer"):
+        train.run(experiment, tmp_path, jax.devices()[:1])
+    experiment.model.vocab_size = 300
+    with pytest.raises(train.ConfigError, match=r"model\.vocab_size=300, but task\.source has ids up to 399"):
+        train.setup(experiment, jax.devices()[:1])
 
 
 def test_special_tokens_in_a_text_are_text(bpe):
