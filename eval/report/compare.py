@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from eval.report import lines, words
+from eval.report import lines, probes, words
 from eval.report.document import Report, Section, Table, Text
 from eval.report.gather import Run, number
 from eval.report.groups import Group, Statistic, group_runs, material, mean_of, statistic
@@ -27,7 +27,7 @@ def compare(runs: Sequence[Run], unreadable: Mapping[str, str] | None = None) ->
     sections = [
         Section("Comparison" if len(groups) > 1 else "Result", comparison_tables(groups, metrics)),
         Section("Learning curves", lines.learning_curves(groups, metrics)),
-        *lines.probe_sections(groups),
+        *probes.probe_sections(groups),
         Section("Wall time", [time_table(groups)]),
         Section("Samples", samples(groups)),
         config_section(groups),
@@ -88,16 +88,15 @@ def summary(groups: Sequence[Group], metrics: Sequence[str]) -> str:
 
 def comparison_tables(groups: Sequence[Group], metrics: Sequence[str]) -> list[Table]:
     """One row an architecture, and the references of the same text."""
-    header = ["architecture", "layers", "parameters", "tokens seen", "seeds"]
-    header += [words.metric(metric) for metric in metrics] or ["validation"]
-    header += ["tokens/s", "MFU", "wall time", "peak memory"]
+    header = ["architecture", *([words.metric(metric) for metric in metrics] or ["validation"])]
+    header += ["layers", "parameters", "tokens seen", "seeds", "tokens/s", "MFU", "wall time", "peak memory"]
     rows, best = [], []
     for i, group in enumerate(groups):
         measured = [_measured(group, metric) for metric in metrics] or [words.MISSING]
         for j, metric in enumerate(metrics):
             if len(groups) > 1 and _best(groups, metric) is group:
-                best.append((i, 5 + j))
-        rows.append([group.label, _shape_lines(group.runs[0]), *_sizes(group), *measured, *_costs(group)])
+                best.append((i, 1 + j))
+        rows.append([group.label, *measured, _shape_lines(group.runs[0]), *_sizes(group), *_costs(group)])
     caption = (
         "± is the sample standard deviation over seeds. Tokens seen count every position of the batches. "
         "Tokens/s and MFU are medians over training; on a CPU, MFU is relative to its measured matmul rate."
@@ -235,7 +234,7 @@ def _costs(group: Group) -> list[str]:
         peaks += [f"{words.memory(max(found))} {where}"] if found else []
     return [
         words.MISSING if speed is None else f"{speed.mean:,.0f}",
-        words.MISSING if use is None else f"{100 * use.mean:.1f} %",
+        words.MISSING if use is None else f"{100 * use.mean:.1f}{words.GLUE}%",
         words.duration(mean_of(wall)),
         ", ".join(peaks) or words.MISSING,
     ]

@@ -238,8 +238,9 @@ def _probes(root: epath.Path, notes: list[str]) -> dict[str, Probe]:
                 continue
             numbers, curves = value.get("numbers") or {}, value.get("curves") or {}
             failure = next((str(value[k]) for k in ("error", "not_applicable") if value.get(k)), "")
-            if not (isinstance(numbers, dict) and isinstance(curves, dict)):
-                notes.append(f'{path}: "numbers" and "curves" should be objects; left out')
+            shapes = [numbers, curves, *(curves.values() if isinstance(curves, dict) else ())]
+            if not all(isinstance(part, dict) for part in shapes):
+                notes.append(f'{path}: "numbers", "curves" and each curve should be objects; left out')
                 continue
             newest[path.stem] = Probe(path.stem, int(directory.name), numbers, curves, failure)
     return newest

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -131,10 +131,10 @@ def _name_and_path(runs: Sequence[Run]) -> str:
 
 
 def curve_series(
-    group: Group,
-    curve: Callable[[Run], dict[float, float]],
     name: str,
+    curves: Sequence[Mapping[float, float]],
     *,
+    colour: int,
     smooth: float = 0.0,
     dash: int | None = None,
     marks: bool = False,
@@ -142,22 +142,22 @@ def curve_series(
     """The lines of one group: of several runs, each thin, and over what all have their mean +- sd as a band.
 
     Args:
-        curve: y by x, of one run; empty if it has none.
+        curves: y by x of each run; empty ones are left out.
         smooth: share of the points that a trailing mean runs over, 0 for none.
     """
-    curves = [dict(sorted(found.items())) for run in group.runs if (found := curve(run))]
+    curves = [dict(sorted(curve.items())) for curve in curves if curve]
     curves = [dict(zip(c, running_mean(list(c.values()), smooth))) for c in curves]
     if len(curves) < 2:
-        return [_line(name, curve, colour=group.colour, dash=dash, marks=marks) for curve in curves]
+        return [_line(name, curve, colour=colour, dash=dash, marks=marks) for curve in curves]
     common = sorted(set.intersection(*map(set, curves)))
     values = np.array([[c[x] for x in common] for c in curves])
     mean, sd = values.mean(0), values.std(0, ddof=1)
     x, y, low, high = thin_out(common, mean.tolist(), (mean - sd).tolist(), (mean + sd).tolist())
-    singles = [_line("", curve, colour=group.colour, dash=dash, thin=True) for curve in curves]
-    return [*singles, Series(name, x, y, low, high, colour=group.colour, dash=dash, marks=marks)]
+    singles = [_line("", curve, colour=colour, dash=dash, thin=True) for curve in curves]
+    return [*singles, Series(name, x, y, low, high, colour=colour, dash=dash, marks=marks)]
 
 
-def _line(name: str, curve: dict[float, float], **style: Any) -> Series:
+def _line(name: str, curve: Mapping[float, float], **style: Any) -> Series:
     x, y = thin_out(list(curve), list(curve.values()))
     return Series(name, x, y, **style)
 

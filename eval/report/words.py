@@ -9,6 +9,7 @@ from typing import Any
 from eval.report.groups import Statistic
 
 MISSING = "not recorded"
+GLUE = "\N{NO-BREAK SPACE}"  # between a number and its unit
 
 # Of result.json's "reference/NAME": what the same split takes by simple means.
 REFERENCES = {
@@ -27,7 +28,7 @@ def count(value: float | None) -> str:
         return MISSING
     for size, unit in ((1e9, "G"), (1e5, "M"), (1e4, "k")):
         if abs(value) >= size:
-            return f"{value / {'G': 1e9, 'M': 1e6, 'k': 1e3}[unit]:.3g} {unit}"
+            return f"{value / {'G': 1e9, 'M': 1e6, 'k': 1e3}[unit]:.3g}{GLUE}{unit}"
     return f"{value:,.0f}"
 
 
@@ -38,7 +39,7 @@ def plus_minus(statistic: Statistic | None, digits: int = 3) -> str:
     if not math.isfinite(statistic.mean):
         return f"not finite ({', '.join(f'{v:.{digits}f}' for v in statistic.values)})"
     mean = f"{statistic.mean:.{digits}f}"
-    return mean if statistic.sd is None else f"{mean} ± {statistic.sd:.{digits}f}"
+    return mean if statistic.sd is None else f"{mean}{GLUE}±{GLUE}{statistic.sd:.{digits}f}"
 
 
 def significant(statistic: Statistic | None, digits: int = 4) -> str:
@@ -48,7 +49,7 @@ def significant(statistic: Statistic | None, digits: int = 4) -> str:
     if all(value.is_integer() for value in statistic.values) and len(set(statistic.values)) == 1:
         return f"{statistic.mean:,.0f}"  # a count that no seed changes
     mean = f"{statistic.mean:,.{digits}g}"
-    return mean if statistic.sd is None else f"{mean} ± {statistic.sd:.2g}"
+    return mean if statistic.sd is None else f"{mean}{GLUE}±{GLUE}{statistic.sd:.2g}"
 
 
 def duration(seconds: float | None) -> str:
@@ -56,17 +57,18 @@ def duration(seconds: float | None) -> str:
     if seconds is None or not math.isfinite(seconds):
         return MISSING
     if seconds < 60:
-        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+        return f"{seconds:.{int(seconds < 10)}f}{GLUE}s"
     minutes, rest = divmod(round(seconds), 60)
     hours, left = divmod(minutes, 60)
-    return f"{hours} h {left:02d} min" if hours else f"{minutes} min {rest:02d} s"
+    text = f"{hours} h {left:02d} min" if hours else f"{minutes} min {rest:02d} s"
+    return text.replace(" ", GLUE)
 
 
 def memory(size: float | None) -> str:
     """Bytes in MiB or GiB."""
     if size is None:
         return MISSING
-    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"
+    return f"{size / 2**30:.2f}{GLUE}GiB" if size >= 2**30 else f"{size / 2**20:.0f}{GLUE}MiB"
 
 
 def plural(number: int, thing: str, things: str = "") -> str:

@@ -1,0 +1,112 @@
+"""Whatever the probes of runs left: their curves, one chart for each pair of axes, and their numbers."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from eval.report import words
+from eval.report.document import Chart, Section, Series, Table
+from eval.report.gather import Probe, number
+from eval.report.groups import Group, Statistic, curve_series
+
+
+@dataclasses.dataclass(frozen=True)
+class Curve:
+    """A curve as it can be drawn; ``error`` is empty where none was recorded."""
+
+    x: list[float]
+    y: list[float]
+    axes: tuple[str, str]
+    error: list[float]
+
+
+def probe_sections(groups: Sequence[Group]) -> list[Section]:
+    """One section for each probe that any run has a result of."""
+    names = sorted({name for group in groups for run in group.runs for name in run.probes})
+    return [_section(groups, name) for name in names]
+
+
+def _section(groups: Sequence[Group], name: str) -> Section:
+    results = {group.label: _results(group, name) for group in groups}
+    steps = sorted({probe.step for found in results.values() for probe in found})
+    said = [f"Measured at step {words.listed([str(step) for step in steps])}."]
+    missing = [label for label, found in results.items() if not found]
+    if missing:
+        said.append(f"{words.MISSING.capitalize()} for {words.listed(missing)}.")
+    failures = [
+        (label, p.failure.rstrip(".")) for label, found in results.items() for p in found if p.failure
+    ]
+    said += dict.fromkeys(f"{label}: no result, {why}." for label, why in failures)
+    having = [group for group in groups if any(not probe.failure for probe in results[group.label])]
+    blocks: list[Chart | Table] = [*_charts(having, name), *_table(having, name)]
+    return Section(f"Probe: {name.replace('_', ' ')}", blocks, " ".join(said))
+
+
+def _results(group: Group, name: str) -> list[Probe]:
+    """Of the newest step that any run of the group was probed at: other steps have no common mean."""
+    found = [run.probes[name] for run in group.runs if name in run.probes]
+    newest = max((probe.step for probe in found), default=0)
+    return [probe for probe in found if probe.step == newest]
+
+
+def _charts(groups: Sequence[Group], name: str) -> list[Chart]:
+    """Architectures are told apart by colour, and the curves that share a chart by dash."""
+    every = {g.label: [_curves(probe) for probe in _results(g, name)] for g in groups}
+    charts = []
+    for xlabel, ylabel in dict.fromkeys(c.axes for f in every.values() for of in f for c in of.values()):
+        named = [n for f in every.values() for of in f for n, c in of.items() if c.axes == (xlabel, ylabel)]
+        curves, series = list(dict.fromkeys(named)), list[Series]()
+        for group in groups:
+            for i, curve in enumerate(curves):
+                found = [of[curve] for of in every[group.label] if curve in of]
+                if len(groups) == 1:  # it has the colours for its curves
+                    series += _series(curve, found, i, i)
+                elif len(curves) == 1:
+                    series += _series(group.label, found, group.colour, None)
+                else:
+                    series += _series(f"{group.label}, {curve}", found, group.colour, i)
+        xs = [x for s in series for x in s.x]
+        log_x = min(xs) > 0 and max(xs) / min(xs) >= 8
+        caption = "A band is ± one standard deviation over seeds, or the standard error of a single run."
+        title = f"{ylabel[:1].upper()}{ylabel[1:]} by {xlabel}"
+        charts.append(Chart(title, xlabel, ylabel, series, caption, log_x=log_x))
+    return charts
+
+
+def _series(label: str, curves: Sequence[Curve], colour: int, dash: int | None) -> list[Series]:
+    points = [dict(zip(curve.x, curve.y)) for curve in curves]
+    series = curve_series(label, points, colour=colour, dash=dash, marks=True)
+    if len(series) != 1 or len(curves[0].error) != len(series[0].y):
+        return series
+    (only,), error = series, curves[0].error
+    low, high = [y - e for y, e in zip(only.y, error)], [y + e for y, e in zip(only.y, error)]
+    return [dataclasses.replace(only, low=low, high=high)]
+
+
+def _curves(probe: Probe) -> dict[str, Curve]:
+    """Those with as many x as y."""
+    found = {}
+    for name, curve in probe.curves.items():
+        x, y, error = (curve.get(key) or [] for key in ("x", "y", "error"))
+        if x and len(x) == len(y):
+            axes = str(curve.get("xlabel", "x")), str(curve.get("ylabel", "y"))
+            found[name] = Curve(
+                [number(v) for v in x], [number(v) for v in y], axes, [number(v) for v in error]
+            )
+    return found
+
+
+def _table(groups: Sequence[Group], name: str) -> list[Table]:
+    """A row for each scalar."""
+    shown = [[words.scalars(probe.numbers) for probe in _results(group, name)] for group in groups]
+    names = dict.fromkeys(key for of_group in shown for scalars in of_group for key in scalars)
+    rows = [[key, *(_cell([s[key] for s in of_group if key in s]) for of_group in shown)] for key in names]
+    return [Table(["number", *(group.label for group in groups)], rows)] if rows else []
+
+
+def _cell(values: Sequence[Any]) -> str:
+    if values and all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in values):
+        return words.significant(Statistic.of([float(v) for v in values]))
+    return words.listed(sorted({str(v) for v in values})) or words.MISSING
