@@ -17,7 +17,7 @@ from models.functional import Functional
 from models.lora import LoRA
 from runtime.checkpoint import ArchitectureError, Checkpoints
 from runtime.state import TrainState
-from runtime.warm_start import warm_start
+from runtime.warm_start import source_of, warm_start
 from tasks import bpe
 
 
@@ -67,12 +67,6 @@ def start_from(
     if "ema" in extras:
         extras["ema"] = _copy(params, extras["ema"])
     return dataclasses.replace(state, params=params, extras=extras)
-
-
-def source_of(init_from: str) -> tuple[epath.Path, int | None]:
-    """Workdir and step of "RUN" (None: the newest) or "RUN@STEP"."""
-    run, at, step = init_from.rpartition("@")
-    return (epath.Path(run), int(step)) if at and step.isdecimal() else (epath.Path(init_from), None)
 
 
 def _checkpoint(run: epath.Path, step: int | None) -> epath.Path:

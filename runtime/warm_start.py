@@ -80,6 +80,12 @@ def warm_start(
     return filled, _summary(plan, fresh, found, field)
 
 
+def source_of(init_from: str) -> tuple[epath.Path, int | None]:
+    """Workdir and step of "RUN" (None: the newest) or "RUN@STEP"."""
+    run, at, step = init_from.rpartition("@")
+    return (epath.Path(run), int(step)) if at and step.isdecimal() else (epath.Path(init_from), None)
+
+
 def _stored(checkpoint: epath.Path) -> tuple[str, dict[str, Any]]:
     """Which field of the checkpoint to read, and the shapes in it by path."""
     try:
