@@ -127,7 +127,8 @@ def test_training_ends_with_a_report(trained):
     held_out = data["architectures"][0]["held_out"]["validation/bits_per_byte"]
     assert held_out["values"] == [result["validation/bits_per_byte"]] and held_out["sd"] is None
     assert f"{result['validation/bits_per_byte']:.3f}" in page.text
-    assert f"{result['memory/host_peak_bytes'] / 2**20:.0f} MiB host" in page.text
+    memory = words.memory(result["memory/host_peak_bytes"]).replace(words.GLUE, " ")
+    assert f"{memory} host" in page.text
     assert f"jax {jax.__version__}" in page.text
     assert len(page.charts) == 1 and "validation: " in page.charts[0]
 
