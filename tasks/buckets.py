@@ -140,7 +140,7 @@ class BucketPacker:
         real = np.broadcast_to((slots < len(pieces))[:, None], (len(slots), length))
         begin = self._starts[bucket][pieces[np.minimum(slots, len(pieces) - 1)]]
         index = begin[:, None] + np.arange(length)
-        fields = {"tokens": self.corpus.take(index), "targets": self.corpus.take(index + 1)}
+        fields = self.corpus.pairs_at(index)
         fields |= {
             "segment_ids": np.ones_like(index),
             "positions": np.broadcast_to(np.arange(length), index.shape),

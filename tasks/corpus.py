@@ -24,22 +24,35 @@ class Corpus:
         shards: 1-D integer arrays, in memory or memory-mapped; no document crosses from one to the next.
         starts: index of each document's first token in the concatenation, int64 [n].
         lengths: number of (token, target) pairs of each document, at least 1, int64 [n].
+        marks: of every token of ``shards``, uint8; None where nothing is marked (see `tasks.plant`).
     """
 
     shards: tuple[np.ndarray, ...]
     starts: Int[np.ndarray, " n"]
     lengths: Int[np.ndarray, " n"]
+    marks: tuple[np.ndarray, ...] | None = None
 
     @classmethod
-    def from_documents(cls, documents: Sequence[bytes]) -> Corpus:
-        """Byte documents, copied into one uint16 array (two bytes of memory per byte); empty ones dropped."""
+    def from_documents(cls, documents: Sequence[bytes], marks: Sequence[np.ndarray] | None = None) -> Corpus:
+        """Byte documents, copied into one uint16 array (two bytes of memory per byte); empty ones dropped.
+
+        Args:
+            marks: of the bytes of each document, uint8; the separators have 0.
+        """
+        if marks is not None:
+            marks = [m for m, d in zip(marks, documents, strict=True) if d]
         documents = [d for d in documents if d]
         lengths = np.array([len(d) + 1 for d in documents], np.int64)
         starts = np.cumsum(lengths) - lengths
         array = np.full(int(lengths.sum()) + 1, ByteTokenizer.separator_id, np.uint16)
         for start, document in zip(starts, documents):
             array[start + 1 : start + 1 + len(document)] = np.frombuffer(document, np.uint8)
-        return cls((array,), starts, lengths)
+        if marks is None:
+            return cls((array,), starts, lengths)
+        marked = np.zeros(len(array), np.uint8)
+        for start, document_marks in zip(starts, marks):
+            marked[start + 1 : start + 1 + len(document_marks)] = document_marks
+        return cls((array,), starts, lengths, (marked,))
 
     @classmethod
     def from_arrays(cls, shards: Sequence[np.ndarray], separator_id: int | None = None) -> Corpus:
@@ -66,15 +79,12 @@ class Corpus:
 
     def take(self, index: Int[np.ndarray, "*shape"]) -> Int[np.ndarray, "*shape"]:
         """Token ids, int32, at ``index`` of the concatenated shards."""
-        if len(self.shards) == 1:
-            return self.shards[0][index].astype(np.int32)
-        edges = np.cumsum([len(s) for s in self.shards])
-        shard = np.searchsorted(edges, index, side="right")
-        out = np.empty(index.shape, np.int32)
-        for number in np.unique(shard):
-            here = shard == number
-            out[here] = self.shards[number][index[here] - (edges[number] - len(self.shards[number]))]
-        return out
+        return _take(self.shards, index)
+
+    def pairs_at(self, index: Int[np.ndarray, "*shape"]) -> dict[str, Int[np.ndarray, "*shape"]]:
+        """The fields ``tokens``, ``targets`` and, if there are any, ``marks`` (of the targets) of a batch."""
+        fields = {"tokens": self.take(index), "targets": self.take(index + 1)}
+        return fields if self.marks is None else {**fields, "marks": _take(self.marks, index + 1)}
 
     def pairs(self) -> tuple[Int[np.ndarray, " P"], Int[np.ndarray, " P"], Int[np.ndarray, " P"]]:
         """Tokens, targets and positions in the document of all pairs, in corpus order."""
@@ -94,6 +104,19 @@ class Corpus:
         head = dataclasses.replace(self, starts=self.starts[before > 0], lengths=before[before > 0])
         rest = dataclasses.replace(self, starts=(self.starts + before)[after > 0], lengths=after[after > 0])
         return head, rest
+
+
+def _take(arrays: Sequence[np.ndarray], index: Int[np.ndarray, "*shape"]) -> Int[np.ndarray, "*shape"]:
+    """int32 at ``index`` of the concatenation of ``arrays``."""
+    if len(arrays) == 1:
+        return arrays[0][index].astype(np.int32)
+    edges = np.cumsum([len(a) for a in arrays])
+    which = np.searchsorted(edges, index, side="right")
+    out = np.empty(index.shape, np.int32)
+    for number in np.unique(which):
+        here = which == number
+        out[here] = arrays[number][index[here] - (edges[number] - len(arrays[number]))]
+    return out
 
 
 def _find(array: np.ndarray, value: int, block: int = 1 << 24) -> Int[np.ndarray, " k"]:

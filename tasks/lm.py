@@ -17,6 +17,7 @@ from tasks import bpe, sources
 from tasks.buckets import BucketPacker, Curriculum
 from tasks.packing import Layout, Packer
 from tasks.prepared import Prepared
+from tasks.token_arrays import check_ids
 from tasks.tokenizer import ByteTokenizer, Tokenizer
 from tasks.types import Batch, Mean, weighted_sum
 
@@ -142,6 +143,8 @@ class LMTask:
         """``loss`` in nats per token and, where bytes are known, ``bits_per_byte``.
 
         The bytes are those that the targets stand for; the targets that end documents cost bits but are none.
+        With planted facts, also ``answer_bits_DISTANCE``: bits per digit that was stated that many bytes
+        before; `tasks.plant.CHANCE_BITS` for a model that does not remember.
         """
         nats, count = self.loss(output, batch)
         metrics = {"loss": (nats, count)}
@@ -150,6 +153,11 @@ class LMTask:
             metrics["bits_per_byte"] = (nats / math.log(2), jnp.sum(sizes * batch["weights"]))
         elif self.bytes_per_token is not None:
             metrics["bits_per_byte"] = (nats / math.log(2), count * self.bytes_per_token)
+        for mark, distance in enumerate(self.config.plant.distances, 1):
+            if "marks" in batch:
+                asked = batch["weights"] * (jnp.asarray(batch["marks"]) == mark)
+                nats, count = weighted_sum(output["nll"], asked)
+                metrics[f"answer_bits_{distance}"] = (nats / math.log(2), count)
         return metrics
 
     def save_tokenizer(self, workdir: epath.PathLike) -> None:
@@ -187,9 +195,7 @@ class LMTask:
 
         def check(step: int, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
             for field in ("tokens", "targets"):
-                sources.check_ids(
-                    batch[field], self._vocab_size, f"task.source: {name} batch {step} ({field})"
-                )
+                check_ids(batch[field], self._vocab_size, f"task.source: {name} batch {step} ({field})")
             return batch
 
         return dataset.map_with_index(check)

@@ -161,7 +161,7 @@ class Packer:
             positions = pair - stream.edges[document]
         # With carried state an id must be the same in the next batch, and another in the next epoch.
         segment = (epoch * count + document) % _MAX_ID if carry else document - document[:, :1]
-        fields = {"tokens": self.corpus.take(index), "targets": self.corpus.take(index + 1)}
+        fields = self.corpus.pairs_at(index)
         fields |= {"segment_ids": segment + 1, "positions": positions}
         batch = {name: np.where(real, value, 0).astype(np.int32) for name, value in fields.items()}
         return {**batch, "weights": real.astype(np.float32)}

@@ -1,35 +1,30 @@
 """From a source to a training and a validation corpus.
 
-A source is "stdlib"; a file, directory or glob of bytes; a directory of `tools.prepare`; or token arrays
-(``*.npy``, raw ``*.bin``). Paths may be local or remote (``gs://``); local token arrays are memory-mapped,
-all else is read into memory.
+A source is "stdlib", "books" or "packages" (what is installed); a file, directory or glob of bytes; a
+directory of `tools.prepare`; or token arrays (``*.npy``, raw ``*.bin``). Paths may be local or remote
+(``gs://``); local token arrays are memory-mapped, all else is read into memory.
 """
 
 # No ``from __future__ import annotations`` here: command-line overrides read the field types at run time.
 
 import dataclasses
-import fnmatch
-import glob
 import hashlib
-import os
-import re
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from etils import epath
 
-from tasks import prepared, stdlib
+from tasks import books, packages, prepared, stdlib, token_arrays
 from tasks.corpus import Corpus
+from tasks.files import ACCEPTED, find_files
 from tasks.manifest import FileEntry, Manifest
+from tasks.plant import PlantConfig, plant
 from tasks.prepared import Prepared
 from tasks.tokenizer import ByteTokenizer
 
-ACCEPTED = (
-    "'stdlib' (Python's own source), a file, a directory or a glob of bytes, a directory of python -m "
-    "tools.prepare, or token arrays: *.npy, or raw *.bin with task.token_dtype and task.vocab_size"
-)
-TOKEN_SUFFIXES = (".npy", ".bin")
+# Text that is installed: each gives (root, {name: bytes}, the held-out names, the rule for the manifest).
+INSTALLED = {"stdlib": stdlib.load, "books": books.load, "packages": packages.load}
 
 
 @dataclasses.dataclass
@@ -37,8 +32,9 @@ class SourceConfig:
     """Where text comes from and what is held out.
 
     Attributes:
-        source: "stdlib", or a path: file, directory (read recursively, hidden files skipped) or glob; or a
-            directory of `tools.prepare`, which knows all but ``max_train_tokens`` itself.
+        source: "stdlib", "books" or "packages" (long documents), or a path: file, directory (read
+            recursively, hidden files skipped) or glob; or a directory of `tools.prepare`, which knows all
+            but ``max_train_tokens`` itself.
         pattern: names of the files read, as in "*.txt"; empty: "*.py" for the library, all of a directory.
         token_dtype: dtype of the ids in raw ``*.bin`` token arrays.
         vocab_size: number of ids of token arrays; byte sources have 257.
@@ -49,6 +45,7 @@ class SourceConfig:
             tail of a single file and of token arrays. The library has its own split, by package.
         max_train_tokens: at most this many training targets, for quick tests; the beginning of the corpus
             in a fixed shuffled order of documents.
+        plant: facts planted into byte sources, needed again at chosen distances; see `tasks.plant`.
         cache_dir: where manifests and reference numbers are kept; empty: ``~/.cache/longspan``.
     """
 
@@ -61,6 +58,7 @@ class SourceConfig:
     eval_source: str = ""
     eval_fraction: float = 0.05
     max_train_tokens: int | None = None
+    plant: PlantConfig = dataclasses.field(default_factory=PlantConfig)
     cache_dir: str = ""
 
 
@@ -104,20 +102,33 @@ def load(config: SourceConfig) -> Splits:
 
 
 def _load(config: SourceConfig) -> Splits:
-    if config.source != "stdlib" and prepared.is_prepared(config.source):
+    installed = config.source in INSTALLED
+    if not installed and prepared.is_prepared(config.source):
         return _load_prepared(config)
     if not config.eval_source and not 0 < config.eval_fraction < 1:
         raise ValueError(f"task.eval_fraction must lie between 0 and 1, got {config.eval_fraction}")
-    is_tokens = config.source != "stdlib" and _holds_tokens("source", config.source, config.pattern)
+    is_tokens = not installed and _holds_tokens("source", config.source, config.pattern)
     if config.eval_source and _holds_tokens("eval_source", config.eval_source, config.pattern) != is_tokens:
         raise ValueError(
             f"task.source={config.source!r} and task.eval_source={config.eval_source!r} must be of one "
             "kind, both bytes or both token arrays"
         )
-    return _load_tokens(config) if is_tokens else _load_bytes(config)
+    if is_tokens:
+        _check_no_plant(config)
+        return _load_tokens(config)
+    return _load_bytes(config)
+
+
+def _check_no_plant(config: SourceConfig) -> None:
+    if config.plant.distances:
+        raise ValueError(
+            f"task.plant.distances={config.plant.distances}: facts are planted into bytes, but task.source="
+            f"{config.source!r} holds tokens; use a source of bytes"
+        )
 
 
 def _load_prepared(config: SourceConfig) -> Splits:
+    _check_no_plant(config)
     for field in ("vocab_size", "separator_id", "bytes_per_token"):
         if getattr(config, field) is not None:
             raise ValueError(
@@ -140,42 +151,10 @@ def _load_prepared(config: SourceConfig) -> Splits:
     )
 
 
-def find_files(field: str, source: str, pattern: str = "") -> tuple[epath.Path, list[str]]:
-    """The root and the sorted relative paths of the files of a path, directory or glob.
-
-    Raises:
-        FileNotFoundError: naming ``field``, when there are none.
-    """
-    expanded = os.path.expanduser(source)
-    path, wildcard = epath.Path(expanded), re.search(r"[*?\[]", expanded)
-    if wildcard and not path.exists():
-        head = expanded[: wildcard.start()].rpartition("/")[0]
-        root = epath.Path(head or ("/" if expanded.startswith("/") else "."))
-        if "://" in expanded:
-            found = list(root.glob(expanded[len(head) + 1 :]))
-        else:
-            found = [epath.Path(p) for p in glob.glob(expanded, recursive=True)]
-    elif path.is_dir():
-        root, found = path, [folder / name for folder, _, names in path.walk() for name in names]
-    elif path.exists():
-        return path.parent, [path.name]
-    else:
-        raise FileNotFoundError(f"{field}={source!r}: {path} does not exist. Sources are {ACCEPTED}")
-    relative = [p.relative_to(root) for p in found if fnmatch.fnmatch(p.name, pattern or "*")]
-    visible = [r for r in relative if not any(part.startswith(".") for part in r.parts)]
-    paths = sorted(r.as_posix() for r in visible if (root / r).is_file())
-    if not paths:
-        raise FileNotFoundError(
-            f"{field}={source!r}: no file in {root} matches (pattern {pattern!r}; hidden files are "
-            f"skipped). Sources are {ACCEPTED}"
-        )
-    return root, paths
-
-
 def _holds_tokens(field: str, source: str, pattern: str) -> bool:
     """Whether the files of a path are token arrays, by their suffixes."""
     _, paths = find_files(f"task.{field}", source, pattern)
-    arrays = [p for p in paths if p.endswith(TOKEN_SUFFIXES)]
+    arrays = [p for p in paths if p.endswith(token_arrays.SUFFIXES)]
     if arrays and len(arrays) < len(paths):
         other = next(p for p in paths if p not in arrays)
         raise ValueError(
@@ -196,7 +175,11 @@ def _load_bytes(config: SourceConfig) -> Splits:
         validation = {path: (base / path).read_bytes() for path in paths}
         rule = {"split": "task.eval_source", "eval_source": str(base)}
     sides = {"train": train, "validation": validation}
-    learned, evaluated = (Corpus.from_documents(list(group.values())) for group in sides.values())
+    if config.plant.distances:
+        rule = {**rule, "plant": dataclasses.asdict(config.plant)}
+    learned, evaluated = (
+        _corpus(list(group.values()), config.plant, side) for side, group in enumerate(sides.values())
+    )
     if not validation:
         sides = {"both": train}
         learned, evaluated = learned.split(learned.targets - int(learned.targets * config.eval_fraction))
@@ -210,10 +193,17 @@ def _load_bytes(config: SourceConfig) -> Splits:
     return Splits(learned, evaluated, ByteTokenizer.vocab_size, ByteTokenizer.separator_id, manifest)
 
 
+def _corpus(documents: list[bytes], config: PlantConfig, side: int) -> Corpus:
+    if not config.distances or not documents:
+        return Corpus.from_documents(documents)
+    planted = plant(documents, config, side)
+    return Corpus.from_documents([d.text for d in planted], [d.marks for d in planted])
+
+
 def _byte_files(config: SourceConfig) -> tuple[epath.Path, dict[str, bytes], set[str], dict[str, Any]]:
     """(root, {path: bytes}, held-out paths, rule for the manifest) of the source's own split."""
-    if config.source == "stdlib":
-        root, files, kept, rule = stdlib.load(config.pattern)
+    if config.source in INSTALLED:
+        root, files, kept, rule = INSTALLED[config.source](config.pattern)
         return epath.Path(root), files, kept, rule
     base, paths = find_files("task.source", config.source, config.pattern)
     files = {path: (base / path).read_bytes() for path in paths}
@@ -235,50 +225,17 @@ def _load_tokens(config: SourceConfig) -> Splits:
         raise ValueError(
             f"task.source={config.source!r} holds token arrays: set task.vocab_size to their number of ids"
         )
-    separator = config.separator_id
-    corpus = Corpus.from_arrays(_token_arrays("source", config.source, config), separator)
+
+    def read(field: str, source: str) -> Corpus:
+        arrays = token_arrays.read_arrays(
+            field, source, config.pattern, config.token_dtype, config.vocab_size or 0
+        )
+        return Corpus.from_arrays(arrays, config.separator_id)
+
+    corpus = read("source", config.source)
     if config.eval_source:
         train = corpus
-        validation = Corpus.from_arrays(_token_arrays("eval_source", config.eval_source, config), separator)
+        validation = read("eval_source", config.eval_source)
     else:
         train, validation = corpus.split(corpus.targets - int(corpus.targets * config.eval_fraction))
-    return Splits(train, validation, config.vocab_size, separator, None)
-
-
-def _token_arrays(field: str, source: str, config: SourceConfig) -> Sequence[np.ndarray]:
-    """The 1-D integer arrays of a source; the ids at the head of each are checked here, all others when a
-    batch is made."""
-    root, paths = find_files(f"task.{field}", source, config.pattern)
-    arrays = [_token_array(root / path, config.token_dtype) for path in paths]
-    for path, array in zip(paths, arrays):
-        if array.ndim != 1 or array.dtype.kind not in "iu":
-            raise ValueError(
-                f"task.{field}: {root / path} holds {array.dtype} of shape {array.shape}; token arrays "
-                "are 1-D integers"
-            )
-        check_ids(array[: 1 << 16], config.vocab_size or 0, f"task.{field}: {root / path}")
-    return arrays
-
-
-def _token_array(path: epath.Path, dtype: str) -> np.ndarray:
-    local = "://" not in os.fspath(path)
-    if path.suffix == ".npy":
-        if local:
-            return np.load(path, mmap_mode="r", allow_pickle=False)
-        with path.open("rb") as file:
-            return np.load(file, allow_pickle=False)
-    size, item = path.stat().length, np.dtype(dtype).itemsize
-    if size % item:
-        raise ValueError(f"{path} has {size} bytes, no multiple of the {item} of task.token_dtype={dtype!r}")
-    if not size:
-        return np.zeros(0, dtype)
-    return np.memmap(path, dtype, mode="r") if local else np.frombuffer(path.read_bytes(), dtype)
-
-
-def check_ids(ids: np.ndarray, vocab_size: int, where: str) -> None:
-    """ValueError naming ``where`` unless all ``ids`` lie in [0, vocab_size)."""
-    if ids.size and (int(ids.max()) >= vocab_size or int(ids.min()) < 0):
-        raise ValueError(
-            f"{where} holds token ids {int(ids.min())}..{int(ids.max())}, but task.vocab_size={vocab_size} "
-            f"allows 0..{vocab_size - 1}: raise task.vocab_size, or check task.token_dtype"
-        )
+    return Splits(train, validation, config.vocab_size, config.separator_id, None)

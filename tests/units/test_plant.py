@@ -1,11 +1,15 @@
 """Planted facts: exact distances, marked answers, nothing shared between the sides, errors."""
 
+import dataclasses
+import math
 import re
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tasks.plant import LINE, VALUE, PlantConfig, plant
+from tasks.lm import LMTask, LMTaskConfig
+from tasks.plant import CHANCE_BITS, LINE, VALUE, PlantConfig, plant
 
 TEXT = [bytes(b"abcdefghij klmnop\n"[(i * j) % 18] for j in range(3000)) for i in range(1, 12)]
 FACT = re.compile(rb"\n# the key of ([A-Z]{4}) is (\d{6})\n")
@@ -62,3 +66,33 @@ def test_text_between_the_lines_is_the_source():
 def test_impossible_plants_are_named(given, message):
     with pytest.raises(ValueError, match=message):
         plant(TEXT, PlantConfig(**given), 0)
+
+
+def test_a_task_on_planted_text_measures_each_distance(tmp_path):
+    """The marks reach the metrics with the digits under them, in training and in validation batches."""
+    for i, text in enumerate(TEXT):
+        (tmp_path / f"{i}.txt").write_bytes(text)
+    config = LMTaskConfig(source=str(tmp_path), seq_len=128, batch_size=4, cache_dir=str(tmp_path / "cache"))
+    config.plant = PlantConfig(distances=(200, 400), length=1024)
+    for packing in ("docs", "buckets"):
+        task = LMTask(dataclasses.replace(config, packing=packing))
+        for data in (task.train(), task.eval_sets()["validation"]):
+            counts = np.zeros(2)
+            for step in range(6):
+                batch = data[step]
+                marked = batch["targets"][batch["marks"] > 0]
+                assert ((marked >= ord("0")) & (marked <= ord("9"))).all()
+                nll = jnp.where(jnp.asarray(batch["marks"]) > 0, CHANCE_BITS * math.log(2), 0.1)
+                metrics = task.metrics({"nll": nll}, batch)
+                for i, distance in enumerate((200, 400)):
+                    bits, count = metrics[f"answer_bits_{distance}"]
+                    np.testing.assert_allclose(bits, CHANCE_BITS * count, rtol=1e-5)
+                    counts[i] += count
+            assert (counts > 0).all()
+
+
+def test_only_bytes_can_be_planted_into(tmp_path):
+    np.save(tmp_path / "ids.npy", np.arange(1000, dtype=np.uint16))
+    config = LMTaskConfig(source=str(tmp_path), vocab_size=1000, plant=PlantConfig(distances=(200,)))
+    with pytest.raises(ValueError, match="facts are planted into bytes, but .* holds tokens"):
+        LMTask(config)

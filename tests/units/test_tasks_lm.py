@@ -46,10 +46,9 @@ def test_task_contract(config):
 
 
 def test_another_process_gets_the_same_batch(config):
-    fields = dataclasses.asdict(config)
     code = (
-        "import zlib; from tasks.lm import LMTask, LMTaskConfig\n"
-        f"batch = LMTask(LMTaskConfig(**{fields!r})).train()[17]\n"
+        "import zlib; from tasks.lm import LMTask, LMTaskConfig; from tasks.plant import PlantConfig\n"
+        f"batch = LMTask({config!r}).train()[17]\n"
         "print(zlib.crc32(b''.join(batch[k].tobytes() for k in sorted(batch))))"
     )
     batch = LMTask(config).train()[17]

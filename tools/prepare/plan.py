@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from etils import epath
 
 from tasks import sources, stdlib
+from tasks.files import find_files
 
 SIDES = ("train", "validation")
 # A longer text is cut into several documents: positions in a document must stay below 2^24.
@@ -127,7 +128,7 @@ def list_files(source: Source, pattern: str, eval_fraction: float) -> Listing:
         root, sizes, split = epath.Path(folder), {p: len(data) for p, data in library.items()}, "by package"
     else:
         try:
-            root, paths = sources.find_files("--source", source.path, pattern)
+            root, paths = find_files("--source", source.path, pattern)
         except FileNotFoundError as error:
             raise PrepareError(str(error)) from error
         sizes = {p: size for p in paths if (size := (root / p).stat().length)}
