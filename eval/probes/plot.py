@@ -26,6 +26,7 @@ def plot_curves(
             if (curve.xlabel, curve.ylabel) == quantity:
                 axes.errorbar(curve.x, curve.y, curve.error, lw=1.5, marker="o", ms=3, capsize=2, label=name)
         axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter("{x:g}")
         axes.set(xlabel=quantity[0], ylabel=quantity[1])
         axes.grid(alpha=0.25)
         axes.legend(frameon=False, fontsize=8)

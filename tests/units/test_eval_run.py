@@ -17,6 +17,7 @@ from eval.probes.loss_by_position import LossByPosition, contexts
 from eval.probes.scoring import _padded, long_rows, rows_available, score, task_of
 from eval.probes.types import Curve, NotApplicable, Probe, ProbeResult
 from models.loss import token_nll
+from runtime.mesh import MeshConfig
 from tasks.lm import LMTask
 from tests.experiments import tiny, write_corpus
 
@@ -133,6 +134,17 @@ def test_scores_read_in_pieces_equal_one_pass(opened, direct):
     assert (weights == 1).all()
     _, bytes_ = score(opened, task_of(opened), rows, 75)["bits_per_byte"]
     np.testing.assert_array_equal(bytes_ == 0, rows["targets"] == 256)
+
+
+def test_scores_on_a_mesh_of_all_devices(trained, opened):
+    rows = long_rows(task_of(opened), 40, 5)
+    alone = score(opened, task_of(opened), rows, 40)
+    sharded = open_run(trained[0], mesh=MeshConfig(data=4, fsdp=2))
+    with jax.set_mesh(sharded.mesh):
+        scores = score(sharded, task_of(sharded), rows, 40)
+    for metric, (sums, weights) in scores.items():
+        np.testing.assert_allclose(sums, alone[metric][0], rtol=1e-4, atol=1e-5)
+        np.testing.assert_array_equal(weights, alone[metric][1])
 
 
 def test_long_rows_are_text_without_overlap_and_spread_over_documents(corpus):
