@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import dataclasses
 import datetime
+import io
 import json
 import math
 import sys
@@ -21,7 +22,6 @@ from typing import Any
 import jax
 import numpy as np
 from etils import epath
-from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Column, Table
 
@@ -53,9 +53,9 @@ def examine(
     directory.mkdir(parents=True, exist_ok=True)
     records = []
     for probe in probes:
-        record, figure = _run(probe, opened, say)
+        record, picture = _run(probe, opened, say)
         replace_text(directory / f"{probe.name}.json", json.dumps(record, indent=1) + "\n")
-        _replace_picture(directory / f"{probe.name}.png", figure)
+        _replace_picture(directory / f"{probe.name}.png", picture)
         for problem in ("error", "not_applicable"):
             if problem in record:
                 say(f"{probe.name}: {problem.replace('_', ' ')}: {record[problem]}")
@@ -125,8 +125,9 @@ def summary(records: Sequence[Record]) -> Table:
     return table
 
 
-def _run(probe: Probe, opened: OpenRun, say: Say) -> tuple[Record, Figure | None]:
-    figure, begin = None, time.perf_counter()
+def _run(probe: Probe, opened: OpenRun, say: Say) -> tuple[Record, bytes]:
+    """The record and the picture (empty for none) of one probe, whatever happens in it."""
+    picture, begin = io.BytesIO(), time.perf_counter()
     record: Record = {
         "probe": probe.name,
         "config": opened.config.name,
@@ -143,23 +144,23 @@ def _run(probe: Probe, opened: OpenRun, say: Say) -> tuple[Record, Figure | None
             "numbers": _plain(result.numbers),
             "curves": {name: _plain(dataclasses.asdict(curve)) for name, curve in result.curves.items()},
         }
-        figure = probe.plot(result)
+        if figure := probe.plot(result):
+            figure.savefig(picture, format="png")
     except NotApplicable as reason:
         record["not_applicable"] = str(reason)
     except Exception as error:  # whatever it is, the other probes can still run
         record["error"] = f"{type(error).__name__}: {error}"
         record["traceback"] = traceback.format_exception(error, limit=-5)
-    return {**record, "seconds": round(time.perf_counter() - begin, 3)}, figure
+    return {**record, "seconds": round(time.perf_counter() - begin, 3)}, picture.getvalue()
 
 
-def _replace_picture(path: epath.Path, figure: Figure | None) -> None:
-    """Write it as a whole; without a figure, remove the one of an earlier result."""
-    if figure is None:
+def _replace_picture(path: epath.Path, picture: bytes) -> None:
+    """Write it as a whole; without one, remove that of an earlier result."""
+    if not picture:
         path.unlink(missing_ok=True)
         return
     temporary = path.parent / f"{path.name}.tmp"
-    with temporary.open("wb") as file:
-        figure.savefig(file, format="png")
+    temporary.write_bytes(picture)
     temporary.replace(path)
 
 

@@ -111,8 +111,9 @@ def by_group(scores: Scores, groups: Int[np.ndarray, "n L"], count: int) -> Scor
 
 def means(scores: Scores) -> dict[str, np.ndarray]:
     """sum / weight of every metric; NaN where the weight is zero."""
-    with np.errstate(invalid="ignore"):
-        return {metric: np.divide(sums, weights) for metric, (sums, weights) in scores.items()}
+    return {
+        metric: sums / np.where(weights > 0, weights, np.nan) for metric, (sums, weights) in scores.items()
+    }
 
 
 @dataclasses.dataclass(frozen=True)

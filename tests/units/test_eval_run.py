@@ -265,7 +265,11 @@ def test_a_failing_probe_is_recorded_and_the_others_run(opened, tmp_path, monkey
     assert "nothing to see" in capsys.readouterr().out
 
 
-def test_watching_a_run(trained, opened, tmp_path, monkeypatch):
+def interrupted(*args):
+    raise KeyboardInterrupt
+
+
+def test_watching_a_run(trained, opened, tmp_path, monkeypatch, capsys):
     workdir = tmp_path / "run"
     (workdir / "checkpoints").mkdir(parents=True)
     (workdir / "config.json").write_text((trained[0] / "config.json").read_text())
@@ -281,13 +285,23 @@ def test_watching_a_run(trained, opened, tmp_path, monkeypatch):
     assert [r["numbers"]["step"] for r in results] == [2, 4] and waits == [7, 7, 7]
     assert sorted(p.name for p in (workdir / "eval").iterdir()) == ["2", "4"]
 
-    monkeypatch.setattr(run, "open_run", lambda workdir, step: dataclasses.replace(opened, step=step))
+    again_opened = lambda workdir, step: dataclasses.replace(opened, workdir=workdir, step=step)  # noqa: E731
+    monkeypatch.setattr(run, "open_run", again_opened)
     again = lambda probe: [  # noqa: E731
         r["step"] for (r,) in run.watch(workdir, [probe], say=said.append, sleep=pytest.fail)
     ]
     assert again(Odd()) == [] and "step 4: already examined" in said
     assert again(Odd("fails")) == [2, 4]  # other settings
     assert again(Odd("fails")) == [2, 4]  # an error is tried again
+
+    monkeypatch.setitem(PROBES, "odd", Odd)
+    command = [f"--workdir={workdir}", "--probes=odd", "--watch"]
+    run.main(command)
+    assert capsys.readouterr().out.count("tiny, step ") == 2
+    run.main(command)
+    assert "step 2: already examined" in capsys.readouterr().err
+    monkeypatch.setattr(run, "load_config", interrupted)
+    run.main(command)  # ends in peace
 
 
 def test_watching_passes_over_checkpoints_that_go_or_cannot_be_read(trained, tmp_path):
