@@ -131,7 +131,7 @@ def test_the_gradient_of_frozen_matrices_is_not_computed(corpus, source):
         experiment.optim.accumulation = 1
         experiment.model.pattern, experiment.model.d_model = "-", 128
         experiment.model.mlp.hidden = 512
-    assert flops(low) < 0.72 * flops(full), "a step costs two thirds, and the adapters a little"
+    assert flops(low) < 0.55 * flops(full), "neither of adapted matrices nor of tables"
 
 
 def test_merged_is_the_adapted_model(adapted, setup, tmp_path, corpus, capsys):
