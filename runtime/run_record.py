@@ -1,6 +1,6 @@
 """What a run was started with, and on what.
 
-``config.json`` is the newest config; earlier ones, oldest first, are ``config.1.json``, ``config.2.json``, ...
+``config.json`` is the newest config; earlier ones, oldest first, ``config.1.json``, ``config.2.json``, ...
 ``environment.json`` lists the starts of the run, oldest first, with machine and versions.
 """
 
@@ -50,7 +50,7 @@ def load_config(workdir: epath.PathLike) -> str | None:
 
 
 def save_environment(workdir: epath.PathLike, step: int) -> None:
-    """Adds this start, from ``step``, to ``WORKDIR/environment.json`` (on process 0): date, machine, versions.
+    """Adds this start, from ``step``, to ``WORKDIR/environment.json`` (process 0): date, machine, versions.
 
     A file that cannot be read is begun anew: it must not keep a run from going on.
     """
@@ -77,7 +77,7 @@ def save_environment(workdir: epath.PathLike, step: int) -> None:
 
 
 def load_environment(workdir: epath.PathLike) -> list[dict[str, Any]]:
-    """The starts of the run, oldest first, as :func:`save_environment` wrote them; none if there is no record.
+    """The starts of the run, oldest first, as :func:`save_environment` wrote them, or none.
 
     Raises:
         ValueError: ``WORKDIR/environment.json`` is not a JSON list of objects.
