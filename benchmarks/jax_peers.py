@@ -45,7 +45,7 @@ class JaxPeer:
         return lambda: run(self.params, ids, state)
 
     def decode(self, tokens: Int[np.ndarray, "B L"]) -> Callable[[], Any]:
-        """As ``eval.generate`` does it: the steps of one call are one compiled scan."""
+        """As ``eval.decode`` does it: the steps of one call are one compiled scan."""
         step = functools.partial(jax.lax.scan, length=DECODE_STEPS)
         run = jax.jit(
             lambda params, carry: step(lambda c, _: (self._step(params, c), c[0]), carry, None),
