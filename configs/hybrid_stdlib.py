@@ -1,7 +1,8 @@
 """The quickstart's hybrid, larger and for an hour: 2 M parameters, context 1024, 41 M bytes of Python.
 
 Command: ``python train.py --config=configs/hybrid_stdlib.py --workdir=runs/hybrid_stdlib``
-Hardware: 2 CPU cores, about an hour (from steps timed apart; recorded on one core). Metric: validation bits per byte 1.164, seed 0.
+Hardware: 2 CPU cores, about an hour (from steps timed apart; recorded on one busy core).
+Metric: validation bits per byte 1.164, seed 0.
 """
 
 from configs.base import Experiment, TrainConfig
