@@ -4,6 +4,9 @@ import os
 import pathlib
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# For compiling TPU kernels without a TPU (runtime/aot.py), in several processes.
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 # The shapes are tiny: compiling takes the time, and without LLVM's optimisations half of it.
 for flag in ("--xla_force_host_platform_device_count=8", "--xla_backend_optimization_level=0"):
     if flag.partition("=")[0] not in os.environ.get("XLA_FLAGS", ""):
