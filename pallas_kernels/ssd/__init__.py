@@ -10,8 +10,9 @@ from pallas_kernels import spmd
 from pallas_kernels.dispatch import resolve
 from pallas_kernels.segments import reset_runs
 from pallas_kernels.ssd import reference, sharded, xla
+from pallas_kernels.ssd.unfused import default_chunk, unfused
 
-IMPLEMENTATIONS = {"reference": reference.ssd_core, "xla": xla.ssd_core}
+IMPLEMENTATIONS = {"reference": unfused(reference.ssd_core), "xla": unfused(xla.ssd_core)}
 MAX_ELEMENTS = 2**31 - 1
 
 
@@ -51,23 +52,8 @@ def ssd(
         _check_shape("D", D, "[H] of x", (heads,))
     dtype = jnp.promote_types(x.dtype, jnp.float32)
     dt = dt.astype(dtype)
-    # As a product with batch axes only, so that the gradient of dt is a product too: on CPU the sum over P
-    # that a broadcast would give takes as long as half the backward.
-    u = jnp.einsum("blh,blhp->blhp", dt, x.astype(dtype)).astype(x.dtype)
-    y, state = ssd_core(
-        u,
-        dt * A.astype(dtype),
-        B,
-        C,
-        initial_state=initial_state,
-        segment_ids=segment_ids,
-        chunk_size=chunk_size,
-        implementation=implementation,
-    )
-    if D is not None:
-        skip = (D.astype(dtype)[:, None] * x).astype(x.dtype)
-        y += skip if segment_ids is None else jnp.where((segment_ids != 0)[..., None, None], skip, 0)
-    return y, state
+    log_decay = dt * A.astype(dtype)
+    return _run(x, dt, log_decay, B, C, D, initial_state, segment_ids, chunk_size, implementation)
 
 
 def ssd_core(
@@ -89,8 +75,7 @@ def ssd_core(
         initial_state: state before the first real token, of whose segment it is; zero when None.
         segment_ids: 0 is padding: it writes nothing, its output is 0, and the state passes it unchanged.
             Any other change of id resets the state. None means no padding and no resets (and no masks).
-        chunk_size: tokens worked on at once; changes speed only. None takes 128 for N >= 128 and 64 below,
-            the fastest on CPU for a training step (64, 128, 256 measured).
+        chunk_size: tokens worked on at once; changes speed only. None takes what suits the implementation.
         implementation: "reference", "xla", or None to choose.
 
     Under an active mesh (``spmd.active_mesh``) batch is split over (data, fsdp), heads over tensor, time over
@@ -104,33 +89,38 @@ def ssd_core(
         ValueError: shapes that do not fit together; heads and groups that do not split over the mesh; an
             array of 2^31 elements or more on one device; an unknown implementation.
     """
-    _check_core(u, log_decay, B, C, initial_state, segment_ids)
-    dtype = jnp.promote_types(jnp.result_type(u, log_decay), jnp.float32)
-    batch, _, heads, headdim = u.shape
-    if chunk_size is None:
-        chunk_size = 128 if B.shape[3] >= 128 else 64
-    if chunk_size < 1:
+    return _run(u, None, log_decay, B, C, None, initial_state, segment_ids, chunk_size, implementation)
+
+
+def _run(x, scale, log_decay, B, C, D, initial_state, segment_ids, chunk_size, implementation):
+    """Both ops: u is scale * x, or x itself without a scale; D x is added to y."""
+    _check_core(x, log_decay, B, C, initial_state, segment_ids)
+    if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"ssd: chunk_size is {chunk_size}, expected at least 1.")
     run = resolve("ssd", implementation, IMPLEMENTATIONS)
 
-    def local(u, log_decay, B, C, state, segment_ids):
-        _check_size(u, B, min(chunk_size, u.shape[1]))
+    def local(x, scale, log_decay, B, C, D, state, segment_ids):
+        _check_size(x, B, min(chunk_size or default_chunk(B.shape[3]), x.shape[1]))
         runs = None if segment_ids is None else reset_runs(segment_ids)
-        return run(u, log_decay, B, C, state, runs, chunk_size)
+        return run(x, scale, log_decay, B, C, D, state, runs, chunk_size)
 
+    dtype = jnp.promote_types(jnp.result_type(x, log_decay), jnp.float32)
+    batch, _, heads, headdim = x.shape
     state = jnp.zeros((batch, heads, headdim, B.shape[3]), dtype) if initial_state is None else initial_state
     state, log_decay = state.astype(dtype), log_decay.astype(dtype)
     real = None if segment_ids is None else segment_ids != 0
-    masked_u = u
+    masked_x = x
     if real is not None:  # a skipped token writes nothing and does not decay
-        masked_u = jnp.where(real[..., None, None], u, 0)
         log_decay = jnp.where(real[..., None], log_decay, 0)
+        if scale is None:
+            masked_x = jnp.where(real[..., None, None], x, 0)
+        else:
+            scale = jnp.where(real[..., None], scale, 0)
     mesh = spmd.active_mesh()
     if mesh is None:
-        y, state = local(masked_u, log_decay, B, C, state, segment_ids)
+        y, state = local(masked_x, scale, log_decay, B, C, D, state, segment_ids)
     else:
-        y, state = sharded.ssd_core(local, mesh, masked_u, log_decay, B, C, state, segment_ids)
-    y = y.astype(u.dtype)
+        y, state = sharded.ssd(local, mesh, masked_x, scale, log_decay, B, C, D, state, segment_ids)
     return y if real is None else jnp.where(real[..., None, None], y, 0), state
 
 

@@ -16,19 +16,22 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import spmd
 from pallas_kernels.segments import reset_runs
+from pallas_kernels.ssd.unfused import scaled
 
 
-def ssd_core(
+def ssd(
     local: Callable,
     mesh: AbstractMesh,
-    u: Float[Array, "B L H P"],
+    x: Float[Array, "B L H P"],
+    scale: Float[Array, "B L H"] | None,
     log_decay: Float[Array, "B L H"],
     B: Float[Array, "B L G N"],
     C: Float[Array, "B L G N"],
+    D: Float[Array, " H"] | None,
     state: Float[Array, "B H P N"],
     segment_ids: Int[Array, "B L"] | None,
 ) -> tuple[Float[Array, "B L H P"], Float[Array, "B H P N"]]:
-    """``local(u, log_decay, B, C, state, segment_ids)`` on every device's part.
+    """``local(x, scale, log_decay, B, C, D, state, segment_ids)`` on every device's part.
 
     A mesh axis whose size does not divide its dimension is left replicated.
 
@@ -36,9 +39,9 @@ def ssd_core(
         ValueError: the tensor axis splits the heads, but neither do its parts divide the groups nor the
         reverse.
     """
-    batch = spmd.axes_dividing(mesh, spmd.BATCH, u.shape[0])
-    time = spmd.axes_dividing(mesh, spmd.SEQUENCE, u.shape[1])
-    heads = spmd.axes_dividing(mesh, spmd.TENSOR, u.shape[2])
+    batch = spmd.axes_dividing(mesh, spmd.BATCH, x.shape[0])
+    time = spmd.axes_dividing(mesh, spmd.SEQUENCE, x.shape[1])
+    heads = spmd.axes_dividing(mesh, spmd.TENSOR, x.shape[2])
     groups = spmd.axes_dividing(mesh, spmd.TENSOR, B.shape[2])
     pick_group = heads is not None and groups is None
     if pick_group and mesh.shape[spmd.TENSOR] % B.shape[2]:
@@ -51,22 +54,22 @@ def ssd_core(
     by_group = PartitionSpec(batch, time, groups)
     by_state = PartitionSpec(batch, heads)
 
-    def device(u, log_decay, B, C, state, segment_ids):
+    def device(x, scale, log_decay, B, C, D, state, segment_ids):
         if pick_group:  # the heads of this device are all of one group
             group = jax.lax.axis_index(spmd.TENSOR) * B.shape[2] // mesh.shape[spmd.TENSOR]
             B, C = (jax.lax.dynamic_slice_in_dim(t, group, 1, axis=2) for t in (B, C))
         if time is None:
-            return local(u, log_decay, B, C, state, segment_ids)
-        state, final = _carries(u, log_decay, B, state, segment_ids)
-        return local(u, log_decay, B, C, state, segment_ids)[0], final
+            return local(x, scale, log_decay, B, C, D, state, segment_ids)
+        state, final = _carries(scaled(x, scale), log_decay, B, state, segment_ids)
+        return local(x, scale, log_decay, B, C, D, state, segment_ids)[0], final
 
     return jax.shard_map(
         device,
         mesh=mesh,
-        in_specs=(by_head, by_head, by_group, by_group, by_state, by_token),
+        in_specs=(by_head, by_head, by_head, by_group, by_group, PartitionSpec(heads), by_state, by_token),
         out_specs=(by_head, by_state),
         check_vma=False,
-    )(u, log_decay, B, C, state, segment_ids)
+    )(x, scale, log_decay, B, C, D, state, segment_ids)
 
 
 def _carries(u, log_decay, B, state, segment_ids) -> tuple[jax.Array, jax.Array]:
