@@ -78,7 +78,7 @@ _forced: contextvars.ContextVar[Mapping[str, dict[str, int]]] = contextvars.Cont
 def blocks(
     op: str, shape: Mapping[str, int], dtype: DTypeLike, default: Mapping[str, int], *, platform: str = "tpu"
 ) -> dict[str, int]:
-    """The block sizes to use, with the keys of ``default``. The caller fits them to a length they are not for.
+    """The block sizes to use, with the keys of ``default``. The caller fits them to the length it has.
 
     Args:
         shape: sizes by axis letter, L among them if the op has a length.
