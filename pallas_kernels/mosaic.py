@@ -30,6 +30,7 @@ def tpu_call(
     out_specs: Sequence[pl.BlockSpec],
     out_shape: Sequence[jax.ShapeDtypeStruct],
     scratch_shapes: Sequence = (),
+    scalars: int = 0,
     vmem_limit_bytes: int | None = None,
     cost: pl.CostEstimate | None = None,
     interpret: Interpret = False,
@@ -39,16 +40,21 @@ def tpu_call(
     Args:
         name: appears in profiles, HLO and the compiler's dumps.
         semantics: "parallel" or "arbitrary" (a carry crosses it: walked in order) for each axis of ``grid``.
+        scalars: how many leading arguments are tables of int32 that the index maps may read (their last
+            arguments) and that the kernel gets first.
         vmem_limit_bytes: for pipelined blocks and spills; None for the compiler's 16 MiB (v5e, v5p) or 32.
     """
     parameters = pltpu.CompilerParams(dimension_semantics=semantics, vmem_limit_bytes=vmem_limit_bytes)
     return pl.pallas_call(
         kernel,
-        grid=grid,
-        in_specs=list(in_specs),
-        out_specs=list(out_specs),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=scalars,
+            grid=grid,
+            in_specs=list(in_specs),
+            out_specs=list(out_specs),
+            scratch_shapes=list(scratch_shapes),
+        ),
         out_shape=list(out_shape),
-        scratch_shapes=list(scratch_shapes),
         compiler_params=parameters,
         cost_estimate=cost,
         interpret=interpret,

@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import jax
 from jax.experimental import topologies
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 # The smallest topology of each chip.
 TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
@@ -52,6 +52,11 @@ def compile_for(chip: str, function: Callable, *args) -> jax.stages.Compiled:
     Args:
         args: pytrees of arrays or ``jax.ShapeDtypeStruct``; only shapes and dtypes are read.
     """
-    place = SingleDeviceSharding(topology(chip).devices[0])
+    # Pallas asks the mesh in force which chip it compiles for, and the local device without one.
+    mesh = Mesh(topology(chip).devices[:1], ("device",))
+    whole = PartitionSpec()
+    place = NamedSharding(mesh, whole)
     described = jax.tree.map(lambda t: jax.ShapeDtypeStruct(t.shape, t.dtype, sharding=place), args)
-    return jax.jit(function).lower(*described).compile()
+    with jax.set_mesh(mesh):
+        on_device = jax.shard_map(function, in_specs=whole, out_specs=whole, check_vma=False)
+        return jax.jit(on_device).lower(*described).compile()
