@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import jax
@@ -9,10 +10,15 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import spmd
-from pallas_kernels.causal_conv1d import reference, sharded, xla
-from pallas_kernels.dispatch import resolve
+from pallas_kernels.causal_conv1d import reference, sharded, tpu, xla
+from pallas_kernels.dispatch import Kernel, resolve
 
-IMPLEMENTATIONS = {"reference": reference.causal_conv1d, "xla": xla.causal_conv1d}
+IMPLEMENTATIONS = {
+    "reference": reference.causal_conv1d,
+    "xla": xla.causal_conv1d,
+    "pallas_tpu": Kernel(tpu.causal_conv1d, tpu.unsupported, "tpu", automatic=True),
+    "interpret": Kernel(functools.partial(tpu.causal_conv1d, interpret=True), tpu.unsupported),
+}
 ACTIVATIONS = (None, "silu")
 MAX_ELEMENTS = 2**31 - 1
 
@@ -37,7 +43,7 @@ def causal_conv1d(
             of id hides what came before it. The real tokens of one segment are contiguous. None means no
             padding and no resets (and no masks).
         activation: None or "silu".
-        implementation: "reference", "xla", or None to choose.
+        implementation: "reference", "xla", "pallas_tpu", "interpret", or None to choose.
 
     Under an active mesh (``spmd.active_mesh``) batch is split over (data, fsdp), channels over tensor, time
     over sequence, with one permute of K-1 rows a call.

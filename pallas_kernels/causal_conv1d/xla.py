@@ -25,14 +25,15 @@ def causal_conv1d(
     segment_ids: Int[Array, "B L"] | None,
     activation: str | None,
 ) -> tuple[Float[Array, "B L C"], Float[Array, "B K-1 C"]]:
-    """Same contract as ``reference.causal_conv1d``; the state has the dtype of ``x``."""
+    """Same contract as ``reference.causal_conv1d``; y and the state have the dtype of ``x``."""
     length = x.shape[1]
     extended, ids = extend(x, initial_state, segment_ids)
     if segment_ids is None or ids is None:
-        return _convolve(extended, weight, bias, None, activation), extended[:, length:]
+        y = _convolve(extended, weight, bias, None, activation)
+        return y.astype(x.dtype), extended[:, length:]
     y = _convolve(extended, weight, bias, _visible_taps(ids, length), activation)
     y = jnp.where((segment_ids != 0)[..., None], y, 0)
-    return y, _last_rows(extended, ids, segment_ids)
+    return y.astype(x.dtype), last_inputs(x, initial_state, segment_ids)
 
 
 def extend(
@@ -42,14 +43,60 @@ def extend(
     taps_before = tail.shape[1]
     if segment_ids is None:
         return jnp.concatenate([tail.astype(x.dtype), x], axis=1), None
-    real = segment_ids != 0
-    x = jnp.pad(jnp.where(real[..., None], x, 0), ((0, 0), (taps_before, 0), (0, 0)))
+    first, _ = _first_real(segment_ids)
+    x = jnp.pad(jnp.where((segment_ids != 0)[..., None], x, 0), ((0, 0), (taps_before, 0), (0, 0)))
+    return _place(x, tail.astype(x.dtype), first), _extended_ids(segment_ids, taps_before)
+
+
+def reach(segment_ids: Int[Array, "B L"], taps: int) -> Int[Array, "B L"]:
+    """How many of the last ``taps`` inputs each token sees, its own among them: 0 for padding.
+
+    The tail before the first real token is of its segment.
+    """
+    visible = _visible_taps(_extended_ids(segment_ids, taps - 1), segment_ids.shape[1])
+    return jnp.where(segment_ids != 0, jnp.sum(visible, axis=0, dtype=jnp.int32), 0)
+
+
+def last_inputs(
+    x: Float[Array, "B L C"], tail: Float[Array, "B T C"], segment_ids: Int[Array, "B L"] | None
+) -> Float[Array, "B T C"]:
+    """The T inputs that end at the last real token, zero where they are of another run than it.
+
+    ``tail`` stands directly before the first real token.
+    """
+    (_, length, _), taps_before = x.shape, tail.shape[1]
+    tail = tail.astype(x.dtype)
+    if segment_ids is None:
+        recent = x[:, max(length - taps_before, 0) :]
+        return jnp.concatenate([tail[:, recent.shape[1] :], recent], axis=1)
+    first, first_id = _first_real(segment_ids)
+    end = jnp.max(jnp.where(segment_ids != 0, jnp.arange(length) + 1, 0), axis=1)
+    at = end[:, None] - taps_before + jnp.arange(taps_before)
+    in_x, here = at >= first[:, None], jnp.maximum(at, 0)
+    in_tail = jnp.clip(at - first[:, None] + taps_before, 0, max(taps_before - 1, 0))
+    rows = jnp.where(in_x[..., None], _rows(x, here), _rows(tail, in_tail))
+    ids = jnp.where(in_x, jnp.take_along_axis(segment_ids, here, axis=1), first_id)
+    same = jnp.cumprod((ids == ids[:, -1:])[:, ::-1], axis=1)[:, ::-1]
+    return jnp.where(same[..., None] != 0, rows, 0)
+
+
+def _rows(t: jax.Array, at: jax.Array) -> jax.Array:
+    return jnp.take_along_axis(t, at[..., None], axis=1)
+
+
+def _first_real(segment_ids: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Index [B] of the first real token and its id [B, 1]; 0 and 0 in a row of padding."""
+    first = jnp.argmax(segment_ids != 0, axis=1)
+    return first, jnp.take_along_axis(segment_ids, first[:, None], axis=1)
+
+
+def _extended_ids(segment_ids: jax.Array, taps_before: int) -> jax.Array:
+    first, first_id = _first_real(segment_ids)
     ids = jnp.pad(segment_ids, ((0, 0), (taps_before, 0)))
-    first = jnp.argmax(real, axis=1)  # 0 in a row of padding: the tail passes through
-    first_id = jnp.take_along_axis(segment_ids, first[:, None], axis=1)
-    place = jax.vmap(functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=0))
-    tail_ids = jnp.broadcast_to(first_id, (first.shape[0], taps_before))
-    return place(x, tail.astype(x.dtype), first), place(ids, tail_ids, first)
+    return _place(ids, jnp.broadcast_to(first_id, (first.shape[0], taps_before)), first)
+
+
+_place = jax.vmap(functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=0))
 
 
 def _visible_taps(ids: jax.Array, length: int) -> jax.Array:
@@ -60,17 +107,6 @@ def _visible_taps(ids: jax.Array, length: int) -> jax.Array:
     for k in reversed(range(taps - 1)):
         visible.append(visible[-1] & (ids[:, k : k + length] == current))
     return jnp.stack(visible[::-1])
-
-
-def _last_rows(extended: jax.Array, ids: jax.Array, segment_ids: jax.Array) -> jax.Array:
-    """The K-1 rows that end at the last real token, zero where they are of another run."""
-    length = segment_ids.shape[1]
-    size = ids.shape[1] - length
-    end = jnp.max(jnp.where(segment_ids != 0, jnp.arange(length) + 1, 0), axis=1)
-    take = jax.vmap(lambda rows, start: jax.lax.dynamic_slice_in_dim(rows, start, size))
-    rows, row_ids = take(extended, end), take(ids, end)
-    same = jnp.cumprod((row_ids == row_ids[:, -1:])[:, ::-1], axis=1)[:, ::-1]
-    return jnp.where(same[..., None] != 0, rows, 0)
 
 
 def _taps(extended: jax.Array, visible: jax.Array | None, taps: int, length: int, dtype) -> list[jax.Array]:
