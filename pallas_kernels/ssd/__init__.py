@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import spmd
-from pallas_kernels.dispatch import resolve
+from pallas_kernels.dispatch import Kernel, resolve
 from pallas_kernels.segments import reset_runs
-from pallas_kernels.ssd import reference, sharded, xla
+from pallas_kernels.ssd import reference, sharded, tpu, xla
 from pallas_kernels.ssd.unfused import default_chunk, unfused
 
-IMPLEMENTATIONS = {"reference": unfused(reference.ssd_core), "xla": unfused(xla.ssd_core)}
+IMPLEMENTATIONS = {
+    "reference": unfused(reference.ssd_core),
+    "xla": unfused(xla.ssd_core),
+    "pallas_tpu": Kernel(tpu.ssd, tpu.unsupported, "tpu", automatic=True),
+    "interpret": Kernel(
+        functools.partial(tpu.ssd, interpret=True), functools.partial(tpu.unsupported, interpret=True)
+    ),
+}
 MAX_ELEMENTS = 2**31 - 1
 
 

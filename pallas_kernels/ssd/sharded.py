@@ -1,8 +1,7 @@
 """SSD on a device mesh: one manual ``shard_map``, and one all-gather when time is sharded.
 
-A shard of time acts on the state that enters it as S_out = e^(total) S_in + S_own. Every device computes
-its own (total, S_own) with one matrix product, gathers everybody's, and combines them: the shards before it
-give the state its tokens start from, all of them give the final state, so nothing has to be sent twice.
+A piece of time acts on the state that enters it as S_out = e^(total) S_in + S_own. Every device computes
+(total, S_own) of its pieces with one matrix product; ``shard_carry`` does the rest.
 """
 
 from __future__ import annotations
@@ -14,8 +13,9 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import spmd
+from pallas_kernels import spmd, time_order
 from pallas_kernels.segments import reset_runs
+from pallas_kernels.shard_carry import exchange
 from pallas_kernels.ssd.unfused import scaled
 
 
@@ -40,7 +40,7 @@ def ssd(
         reverse.
     """
     batch = spmd.axes_dividing(mesh, spmd.BATCH, x.shape[0])
-    time = spmd.axes_dividing(mesh, spmd.SEQUENCE, x.shape[1])
+    time, pieces = time_order.shard("ssd", mesh, x.shape[1])
     heads = spmd.axes_dividing(mesh, spmd.TENSOR, x.shape[2])
     groups = spmd.axes_dividing(mesh, spmd.TENSOR, B.shape[2])
     pick_group = heads is not None and groups is None
@@ -60,8 +60,11 @@ def ssd(
             B, C = (jax.lax.dynamic_slice_in_dim(t, group, 1, axis=2) for t in (B, C))
         if time is None:
             return local(x, scale, log_decay, B, C, D, state, segment_ids)
-        state, final = _carries(scaled(x, scale), log_decay, B, state, segment_ids)
-        return local(x, scale, log_decay, B, C, D, state, segment_ids)[0], final
+        by_piece = (time_order.split(t, pieces) for t in (x, scale, log_decay, B, C, segment_ids))
+        x, scale, log_decay, B, C, segment_ids = by_piece
+        summary = _summary(scaled(x, scale), log_decay, B, segment_ids)
+        state, final = exchange(_advance, summary, state, segment_ids)
+        return time_order.join(local(x, scale, log_decay, B, C, D, state, segment_ids)[0], pieces), final
 
     return jax.shard_map(
         device,
@@ -72,36 +75,8 @@ def ssd(
     )(x, scale, log_decay, B, C, D, state, segment_ids)
 
 
-def _carries(u, log_decay, B, state, segment_ids) -> tuple[jax.Array, jax.Array]:
-    """The state entering this shard of time, and the state after the last one, [B, H, P, N]."""
-    total, own = _summary(u, log_decay, B, segment_ids)
-    columns = [own.reshape(*own.shape[:2], -1), total[..., None]]
-    if segment_ids is not None:  # one collective: ids travel as halves, which float32 holds exactly
-        edge_ids = _edge_ids(segment_ids)
-        halves = jnp.stack([edge_ids >> 16, edge_ids & 0xFFFF], axis=-1).reshape(-1, 1, 4).astype(own.dtype)
-        columns.append(jnp.broadcast_to(halves, (*total.shape, 4)))
-    gathered = jax.lax.all_gather(jnp.concatenate(columns, axis=-1), spmd.SEQUENCE)
-    here = jax.lax.axis_index(spmd.SEQUENCE)
-    size = own[0, 0].size
-
-    def combine(carry, shard):
-        S, segment, entering = carry
-        index, packed = shard
-        own, total = packed[..., :size].reshape(S.shape), packed[..., size]
-        kept = S
-        if segment_ids is not None:
-            halves = packed[:, 0, size + 1 :].astype(jnp.int32)
-            first, last = (halves[:, 0] << 16) | halves[:, 1], (halves[:, 2] << 16) | halves[:, 3]
-            continues = (first == 0) | (segment == 0) | (first == segment)
-            kept = jnp.where(continues[:, None, None, None], S, 0)
-            segment = jnp.where(last == 0, segment, last)
-        entering = jnp.where(index == here, kept, entering)
-        return (jnp.exp(total)[..., None, None] * kept + own, segment, entering), None
-
-    nothing_yet = jnp.zeros(state.shape[0], jnp.int32)
-    shards = (jnp.arange(gathered.shape[0]), gathered)
-    (final, _, entering), _ = jax.lax.scan(combine, (state, nothing_yet, jnp.zeros_like(state)), shards)
-    return entering, final
+def _advance(S: jax.Array, total: jax.Array, own: jax.Array) -> jax.Array:
+    return jnp.exp(total)[..., None, None] * S + own
 
 
 def _summary(u, log_decay, B, segment_ids) -> tuple[jax.Array, jax.Array]:
@@ -120,11 +95,3 @@ def _summary(u, log_decay, B, segment_ids) -> tuple[jax.Array, jax.Array]:
     written = (u * jnp.exp(to_end)[..., None]).astype(operand).reshape(batch, length, groups, -1)
     own = jnp.einsum("blgc,blgn->bgcn", written, B.astype(operand), preferred_element_type=dtype)
     return total, own.reshape(batch, heads, headdim, d_state)
-
-
-def _edge_ids(segment_ids: jax.Array) -> jax.Array:
-    """Ids of the first and the last real token [B, 2]; 0 where every token is padding."""
-    real = segment_ids != 0
-    first = jnp.argmax(real, axis=1)
-    last = segment_ids.shape[1] - 1 - jnp.argmax(real[:, ::-1], axis=1)
-    return jnp.take_along_axis(segment_ids, jnp.stack([first, last], axis=1), axis=1)

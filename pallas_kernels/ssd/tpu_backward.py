@@ -1,0 +1,172 @@
+"""The SSD backward for TPU: chunks from the last to the first, the cotangent of the state carried in scratch.
+
+Decays need no sums over pairs of tokens but one: alpha_i multiplies all that token i reads and divides all it
+writes (``ssd/xla.py``), so
+
+    d alpha_i = <dy_i, y_i> - <u_i, du_i>,  and at the end of the chunk + <dR', R'>
+
+with y computed again and R' the start of the chunk after this one, visited just before. What the heads of a
+group share, dB and dC, leaves as one part for each head block: XLA sums them, and nothing is added in an
+order that could vary.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels import mosaic
+from pallas_kernels.mosaic import dot
+from pallas_kernels.ssd.tpu_chunk import VMEM_LIMIT_BYTES, Plan, by_head, decays, over_channels
+
+
+def _kernel(
+    x_ref,
+    scale_ref,
+    log_decay_ref,
+    B_ref,
+    C_ref,
+    D_ref,
+    starts_ref,
+    dy_ref,
+    d_final_ref,
+    overlap_ref,
+    *refs,
+    plan: Plan,
+):
+    refs = list(refs)
+    counts = refs.pop(0)[...] if plan.packed else None
+    dx_ref, d_scale_ref, d_log_decay_ref, dB_ref, dC_ref, dD_ref, d_initial_ref, dR_ref, carried_ref = refs
+    step, K = pl.program_id(2), plan.block
+
+    @pl.when(step == 0)
+    def _():
+        dR_ref[...] = d_final_ref[...]
+        carried_ref[...] = overlap_ref[...]
+        dD_ref[...] = jnp.zeros_like(dD_ref)
+
+    B, C, R, scale = B_ref[...], C_ref[...], starts_ref[...], scale_ref[...]
+    dtype, dR = B.dtype, dR_ref[...]
+    decay = decays(log_decay_ref[...], counts)
+    x, dy = by_head(x_ref[...], K), by_head(dy_ref[...], K)
+    du, d_scores, read = _within_chunk(x, dy, scale, B, C, decay)
+    from_state = by_head(dot(R, C, (1, 1)), K)  # R C_i
+    du += by_head(dot(dR.astype(dtype), B, (1, 1)), K) * decay.to_end[:, None, :]
+    dx_ref[...] = (
+        (du * scale[:, None, :] + dy * D_ref[...][:, :, None]).reshape(-1, plan.chunk).astype(dx_ref.dtype)
+    )
+    dD_ref[...] += jnp.sum(jnp.sum(dy * x, 1), 1, keepdims=True)
+
+    wrote = over_channels(x, decay.to_end * scale, dtype)
+    reads = over_channels(dy, decay.from_start, dtype)
+    dB_ref[...] = dot(d_scores, C, (1, 0)) + dot(wrote, dR.astype(dtype), (0, 0))
+    dC_ref[...] = dot(d_scores, B, (0, 0)) + dot(reads, R, (0, 0))
+
+    d_scale = jnp.sum(x * du, 1)
+    d_scale_ref[...] = d_scale
+    d_alpha = read + decay.from_start * jnp.sum(dy * from_state, 1) - scale * d_scale
+    # Everything after a token in its chunk, and the state at the end: a product with the triangle.
+    d_log_decay_ref[...] = dot(d_alpha, decay.causal, (1, 1)) + carried_ref[...]
+
+    dR = (by_head(dR, K) * decay.through[:, :, None]).reshape(dR.shape) + dot(reads, C, (1, 0))
+    dR_ref[...] = dR
+    carried_ref[...] = jnp.sum(jnp.sum(by_head(dR * R.astype(jnp.float32), K), 1), 1, keepdims=True)
+
+    @pl.when(step == plan.chunks - 1)
+    def _():
+        d_initial_ref[...] = dR
+
+
+def _within_chunk(x, dy, scale, B, C, decay) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """du [K, P, Q] of what tokens of a chunk read from each other; the gradient of their scores, summed over
+    heads, [j, i] as a matrix operand; and <dy_i, y_i> of it, [K, Q]."""
+    dtype = B.dtype
+    scores = jnp.where(decay.visible, dot(B, C, (1, 1)), 0.0)
+    u = (x * scale[:, None, :]).astype(dtype)
+    dy = dy.astype(dtype)
+    d_scores, du, read = jnp.zeros_like(scores), [], []
+    for k in range(x.shape[0]):
+        within = decay.within(k)
+        d_weights = dot(u[k], dy[k], (0, 0)) * within
+        d_scores += d_weights
+        du.append(dot(dy[k], (scores * within).astype(dtype), (1, 1)))
+        read.append(jnp.sum(d_weights * scores, 0, keepdims=True))
+    d_scores = jnp.where(decay.visible, d_scores, 0.0).astype(dtype)
+    return jnp.stack(du), d_scores, jnp.concatenate(read, 0)
+
+
+def backward(plan: Plan, x, scale, log_decay, B, C, D, starts, counts, dy, d_final, overlap):
+    """Gradients of x, scale, log_decay, B, C, D and the initial state, all float32 but that of x.
+
+    Args:
+        x, scale, log_decay, B, C, D, counts: as for ``tpu_forward.forward``; starts: what it saved.
+        dy [B, H*P, L] in the dtype of x; d_final [B, H*P, N] float32.
+        overlap: <d_final, final> by head, [B, H].
+    """
+    plan = plan.backward()
+    specs = plan.specs(reverse=True)
+    blocks = (plan.batch, plan.head_blocks)
+    inputs = {
+        "x": (x, "channels"),
+        "scale": (plan.split_heads(scale), "heads"),
+        "log_decay": (plan.split_heads(log_decay), "heads"),
+        "B": (B, "group"),
+        "C": (C, "group"),
+        "D": (D.reshape(-1, plan.block, 1), "head"),
+        "starts": (starts, "starts"),
+        "dy": (dy, "channels"),
+        "d_final": (d_final, "state"),
+        "overlap": (overlap.reshape(*blocks, plan.block, 1), "head_batch"),
+    }
+    if plan.packed:
+        inputs["counts"] = (counts, "counts")
+    length = x.shape[2]
+    by_head, parts = (*blocks, plan.block, length), (*blocks, length, plan.d_state)
+    outputs = {
+        "x": (x.shape, "channels"),
+        "scale": (by_head, "heads"),
+        "log_decay": (by_head, "heads"),
+        "B": (parts, "group_parts"),
+        "C": (parts, "group_parts"),
+        "D": ((*blocks, plan.block, 1), "head_batch"),
+        "state": (d_final.shape, "state"),
+    }
+    results = mosaic.tpu_call(
+        functools.partial(_kernel, plan=plan),
+        name="ssd_backward",
+        grid=(*blocks, plan.chunks),
+        semantics=("parallel", "parallel", "arbitrary"),
+        in_specs=[specs[kind] for _, kind in inputs.values()],
+        out_specs=[specs[kind] for _, kind in outputs.values()],
+        out_shape=[
+            jax.ShapeDtypeStruct(shape, x.dtype if name == "x" else jnp.float32)
+            for name, (shape, _) in outputs.items()
+        ],
+        scratch_shapes=[
+            pltpu.VMEM((plan.rows, plan.d_state), jnp.float32),
+            pltpu.VMEM((plan.block, 1), jnp.float32),
+        ],
+        vmem_limit_bytes=VMEM_LIMIT_BYTES,
+        interpret=plan.interpret,
+    )(*(array for array, _ in inputs.values()))
+    dx, d_scale, d_log_decay, dB, dC, dD, d_state = results
+    dB, dC = (_sum_parts(plan, t, B) for t in (dB, dC))
+    return (
+        dx,
+        d_scale.reshape(scale.shape),
+        d_log_decay.reshape(scale.shape),
+        dB,
+        dC,
+        dD.sum(0).reshape(-1),
+        d_state,
+    )
+
+
+def _sum_parts(plan: Plan, t: jax.Array, like: jax.Array) -> jax.Array:
+    """[B, H/K, L, N] summed over the head blocks of each group, in the layout and the dtype of B."""
+    t = t.reshape(plan.batch, plan.groups, plan.group_blocks, *t.shape[2:]).sum(2)
+    return (t.swapaxes(1, 2) if plan.flat_groups else t).reshape(like.shape).astype(like.dtype)
