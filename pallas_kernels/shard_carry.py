@@ -1,81 +1,118 @@
-"""The state that enters each shard of time of a diagonal recurrence: one all-gather.
+"""The state that enters each piece of time of a recurrence whose time is sharded: one all-gather.
 
-A shard of time acts on the state that enters it as S_out = product * S_in + own, elementwise. Every device
-computes its own (product, own), gathers everybody's, and combines them: the shards before it give the state
-its tokens start from, all of them give the final state.
+A piece of time acts on the state that enters it through a summary: S_out = advance(S_in, *summary), for a
+diagonal recurrence product * S_in + own. Every device computes the summaries of its own pieces, gathers
+everybody's, and goes through them in the order of time: the pieces before each of its own give the state that
+its tokens start from, all of them give the final state, so nothing has to be sent twice. Which device holds
+which pieces (``time_order``) does not matter. The number and the size of what is sent do not depend on L.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Sequence
+
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Inexact, Int
+from jaxtyping import Array, Inexact, Int, Shaped
 
-from pallas_kernels import spmd
+from pallas_kernels import spmd, time_order
 
 
 def entering_and_final(
-    product: Inexact[Array, "B ..."],
-    own: Inexact[Array, "B ..."],
+    product: Inexact[Array, "rows ..."],
+    own: Inexact[Array, "rows ..."],
     state: Inexact[Array, "B ..."],
-    segment_ids: Int[Array, "B L"] | None,
+    segment_ids: Int[Array, "rows L"] | None,
     *,
     reverse: bool = False,
-) -> tuple[Inexact[Array, "B ..."], Inexact[Array, "B ..."]]:
-    """The state entering this shard, and the state after all of them; for use inside a ``shard_map``.
+) -> tuple[Inexact[Array, "rows ..."], Inexact[Array, "B ..."]]:
+    """:func:`exchange` for a diagonal recurrence.
 
     Args:
-        product: what this shard's tokens multiply the state that enters by; 0 across a reset.
+        product: what each piece's tokens multiply the state that enters by; 0 across a reset.
         own: the state its tokens leave when zero enters. float32 or wider, real or complex.
-        state: the incoming state of the first shard (of the last one if ``reverse``), dtype of ``own``.
-        segment_ids: of this shard's tokens; a shard that begins with another segment than the last real
-            token before it starts from zero.
-        reverse: time runs backwards, from the last shard to the first.
     """
-    batch = own.shape[0]
-    columns = [_as_real(t).reshape(batch, -1) for t in (product.astype(own.dtype), own)]
-    size = columns[0].shape[1]
-    if segment_ids is not None:  # one collective: ids travel as halves, which float32 holds exactly
-        ids = _edge_ids(segment_ids)
-        halves = jnp.stack([ids >> 16, ids & 0xFFFF], axis=-1)
-        columns.append(halves.reshape(batch, 4).astype(columns[0].dtype))
-    gathered = jax.lax.all_gather(jnp.concatenate(columns, axis=1), spmd.SEQUENCE)
-    here = jax.lax.axis_index(spmd.SEQUENCE)
+    summary = (product.astype(own.dtype), own)
+    advance = lambda S, product, own: product * S + own  # noqa: E731
+    return exchange(advance, summary, state, segment_ids, reverse=reverse)
 
-    def combine(carry, shard):
+
+def exchange(
+    advance: Callable[..., jax.Array],
+    summary: Sequence[Shaped[Array, "rows ..."]],
+    state: Inexact[Array, "B ..."],
+    segment_ids: Int[Array, "rows L"] | None,
+    *,
+    reverse: bool = False,
+) -> tuple[Inexact[Array, "rows ..."], Inexact[Array, "B ..."]]:
+    """The states entering this device's pieces, and the state after all; for use inside a ``shard_map``.
+
+    Args:
+        advance: ``advance(S, *summary)`` is the state [B, ...] after a piece that S enters.
+        summary: of each piece, in rows as ``time_order.split`` makes them; floats, complex or int32.
+        state: the incoming state of the first piece (of the last one if ``reverse``), float32 or wider.
+        segment_ids: of the pieces' tokens; a piece that begins with another segment than the last real token
+            before it starts from zero.
+        reverse: time runs backwards, from the last piece to the first.
+    """
+    batch, rows = state.shape[0], summary[0].shape[0]
+    pieces = rows // batch
+    edges = [] if segment_ids is None else [_edge_ids(segment_ids)]
+    sent = [*summary, *edges]
+    shapes = [(t.shape[1:], t.dtype) for t in sent]
+    packed = jnp.concatenate([_pack(t, state.real.dtype) for t in sent], axis=1)  # one collective
+    gathered = jax.lax.all_gather(packed.reshape(batch, pieces, -1), spmd.SEQUENCE)
+    here = time_order.numbers(jax.lax.axis_index(spmd.SEQUENCE), gathered.shape[0], pieces)
+
+    def step(carry, piece):
         S, segment, entering = carry
-        index, packed = shard
-        product, own = (_like(t, S) for t in (packed[:, :size], packed[:, size : 2 * size]))
-        if segment_ids is not None:
-            halves = packed[:, 2 * size :].astype(jnp.int32)
-            edges = [(halves[:, 0] << 16) | halves[:, 1], (halves[:, 2] << 16) | halves[:, 3]]
-            first, last = edges[::-1] if reverse else edges
+        index, packed = piece
+        found = _unpack(packed, shapes)
+        if edges:
+            *found, ids = found
+            first, last = (ids[:, 1], ids[:, 0]) if reverse else (ids[:, 0], ids[:, 1])
             continues = (first == 0) | (segment == 0) | (first == segment)
             S = jnp.where(continues.reshape(-1, *[1] * (S.ndim - 1)), S, 0)
             segment = jnp.where(last == 0, segment, last)
-        entering = jnp.where(index == here, S, entering)
-        return (product * S + own, segment, entering), None
+        mine = (index == here).reshape(1, pieces, *[1] * (S.ndim - 1))
+        entering = jnp.where(mine, S[:, None], entering)
+        return (advance(S, *found), segment, entering), None
 
-    start = (state, jnp.zeros(batch, jnp.int32), jnp.zeros_like(state))
-    shards = (jnp.arange(gathered.shape[0]), gathered)
-    (final, _, entering), _ = jax.lax.scan(combine, start, shards, reverse=reverse)
-    return entering, final
+    nothing_yet = jnp.zeros((batch, pieces, *state.shape[1:]), state.dtype)
+    start = (state, jnp.zeros(batch, jnp.int32), nothing_yet)
+    in_time = time_order.in_time(gathered)
+    walk = (jnp.arange(in_time.shape[0]), in_time)
+    (final, _, entering), _ = jax.lax.scan(step, start, walk, reverse=reverse)
+    return entering.reshape(rows, *state.shape[1:]), final
 
 
-def _as_real(t: jax.Array) -> jax.Array:
-    return jnp.stack([t.real, t.imag]).swapaxes(0, 1) if jnp.iscomplexobj(t) else t
+def _pack(t: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """[rows, n] real; integers as halves, which float32 holds exactly."""
+    if jnp.iscomplexobj(t):
+        t = jnp.stack([t.real, t.imag], axis=1)
+    elif jnp.issubdtype(t.dtype, jnp.integer):
+        t = jnp.stack([t >> 16, t & 0xFFFF], axis=1)
+    return t.reshape(t.shape[0], -1).astype(dtype)
 
 
-def _like(columns: jax.Array, state: jax.Array) -> jax.Array:
-    """``columns`` [B, n] of :func:`_as_real`, in the shape and dtype of ``state``."""
-    if not jnp.iscomplexobj(state):
-        return columns.reshape(state.shape)
-    pairs = columns.reshape(state.shape[0], 2, *state.shape[1:])
-    return jax.lax.complex(pairs[:, 0], pairs[:, 1])
+def _unpack(packed: jax.Array, shapes: Sequence[tuple[tuple[int, ...], jnp.dtype]]) -> list[jax.Array]:
+    """Inverse of :func:`_pack` of several arrays side by side, given their shapes without rows and dtypes."""
+    found, start = [], 0
+    for shape, dtype in shapes:
+        halved = not jnp.issubdtype(dtype, jnp.floating)
+        stop = start + math.prod(shape) * (2 if halved else 1)
+        t, start = packed[:, start:stop], stop
+        if halved:
+            a, b = jnp.moveaxis(t.reshape(t.shape[0], 2, *shape), 1, 0)
+            is_complex = jnp.issubdtype(dtype, jnp.complexfloating)
+            t = jax.lax.complex(a, b) if is_complex else (a.astype(dtype) << 16) | b.astype(dtype)
+        found.append(t.reshape(-1, *shape).astype(dtype))
+    return found
 
 
 def _edge_ids(segment_ids: jax.Array) -> jax.Array:
-    """Ids of the first and the last real token [B, 2]; 0 where every token is padding."""
+    """Ids of the first and the last real token [rows, 2]; 0 where every token is padding."""
     real = segment_ids != 0
     first = jnp.argmax(real, axis=1)
     last = segment_ids.shape[1] - 1 - jnp.argmax(real[:, ::-1], axis=1)

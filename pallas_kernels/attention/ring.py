@@ -1,73 +1,94 @@
 """Ring attention (Liu et al. 2023, arXiv 2310.01889): keys and values travel, queries stay.
 
-Runs inside ``shard_map``. Every device holds one contiguous block of time and passes the block of keys it
-holds to its right neighbour, n - 1 times in the forward pass; results are merged by their log-sum-exps. The
-backward sends keys, values and their gradients around and recomputes the probabilities. A device holds O(L/n)
-whatever the length. Blocks that the mask rules out (the future, beyond the window) are not computed; a window
-also ends the journey early.
+Runs inside ``shard_map``. Every device passes the keys it holds to its right neighbour, n - 1 times in the
+forward pass; results are merged by their log-sum-exps. The backward sends keys, values and their gradients
+around and recomputes the probabilities. A device holds O(L/n) keys whatever the length; positions are known
+from the device that keys come from, and segment ids, 4 bytes a token, are whole on every device: what travels
+is one array. Tiles that the mask rules out (the future, beyond the window) are not computed.
 
-The layout of time enters in :func:`_row_index` only.
+In contiguous order a causal mask leaves device 0 waiting in every step but one while the last device computes
+in all; in zigzag order (``time_order``) all have the same number of tiles to compute, in every step. A window
+ends the journey early in contiguous order, which then is balanced as well.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels import time_order
 from pallas_kernels.attention import xla
 from pallas_kernels.attention.sources import MASKED, Alibi, Source, Tokens, may_meet, wide
 
 
 @dataclasses.dataclass(frozen=True)
 class Ring:
-    """The mesh axis, its size, and how often the keys move on."""
+    """The mesh axis, its size, how often the keys move on, and the pieces of time that a device's keys are."""
 
     axis: str
     size: int
     rotations: int
+    pieces: int
 
-    def send(self, tree: Any, by: int = 1) -> Any:
-        """Every device's ``tree`` goes ``by`` places to the right."""
+    def send(self, x: Array, by: int = 1) -> Array:
+        """Every device's ``x`` goes ``by`` places to the right."""
         pairs = [(i, (i + by) % self.size) for i in range(self.size)]
-        return jax.tree.map(lambda x: jax.lax.ppermute(x, self.axis, pairs), tree)
+        return jax.lax.ppermute(x, self.axis, pairs)
 
     def source_of(self, step: Array | int) -> Array:
         """Whose keys a device holds after ``step`` rotations."""
         return (jax.lax.axis_index(self.axis) - step) % self.size
 
+    def tokens(self, whole: Tokens, positional: bool, device: Array, length: int) -> Tokens:
+        """Those of the ``length`` keys of ``device``. Positions that are not given are indices in time."""
+
+        def part(x: Array) -> Array:
+            return jax.lax.dynamic_slice_in_dim(x, device * length, length, axis=1)
+
+        own = jax.tree.map(part, whole)
+        if not positional or own.positions is not None:
+            return own
+        return own._replace(positions=time_order.row_index(device, length, self.size, self.pieces)[None])
+
 
 def attend(
     axis: str,
     size: int,
+    pieces: int,
     q: Float[Array, "B Lq H E"],
     source: Source,
     q_segment_ids: Int[Array, "B Lq"] | None,
     scale: float,
     bias: Alibi | None,
 ) -> tuple[Float[Array, "B Lq H E"], Float[Array, "B H Lq"]]:
-    """Attention of this device's queries over the keys of all devices: float32 output and log-sum-exp."""
-    spec, q_tokens, kv_tokens = xla.describe(q.shape[1], source, q_segment_ids, scale, bias, wide(q))
-    rotations, mask, keys = size - 1, source.mask, source.k.shape[1]
-    if spec.aligned and mask.causal and mask.window is not None and q.shape[1] == keys:
+    """Attention of this device's queries over the keys of all devices: float32 output and log-sum-exp.
+
+    Args:
+        axis, size: the mesh axis and its number of devices.
+        pieces: of time on each device (``time_order``), for queries and for keys of the same length; keys of
+            another length are in contiguous order.
+        source: this device's keys, values and query positions, but ``kv_positions`` and ``kv_segment_ids`` of
+            all devices.
+    """
+    keys, mask = source.k.shape[1], source.mask
+    aligned = source.q_positions is None and source.kv_positions is None
+    rotations = size - 1
+    if aligned and pieces == 1 and mask.causal and mask.window is not None and q.shape[1] == keys:
         rotations = min(rotations, -(-(mask.window - 1) // keys))
-    ring = Ring(axis, size, rotations)
-    spec = dataclasses.replace(spec, aligned=False)
-    if q_tokens.positions is not None and source.q_positions is None:
-        q_tokens = q_tokens._replace(positions=_row_index(ring.source_of(0), q.shape[1]))
-    if source.kv_positions is None:
-        kv_tokens = kv_tokens._replace(positions=None)  # known from the device the keys come from
+    ring = Ring(axis, size, rotations, pieces if q.shape[1] == keys else 1)
+    spec = xla.Spec(mask, scale, aligned=False, out_dtype=wide(q), block=xla.BLOCK)
+    positional = mask.positional or bias is not None
+    q_tokens = Tokens(source.q_positions if positional else None, q_segment_ids)
+    if positional and source.q_positions is None:
+        here = jax.lax.axis_index(axis)
+        q_tokens = q_tokens._replace(positions=time_order.row_index(here, q.shape[1], size, pieces)[None])
+    kv_tokens = Tokens(source.kv_positions if positional else None, source.kv_segment_ids)
     slopes = None if bias is None else jax.lax.stop_gradient(bias.slopes)
     return _attend(spec, ring, q, source.k, source.v, q_tokens, kv_tokens, slopes)
-
-
-def _row_index(device: Array, length: int) -> Int[Array, "1 L"]:
-    """Row index of the tokens that ``device`` holds."""
-    return (device * length + jnp.arange(length, dtype=jnp.int32))[None]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -92,10 +113,9 @@ _attend.defvjp(_attend_fwd, _attend_bwd)
 
 
 def _forward(spec, ring: Ring, q, k, v, q_tokens: Tokens, kv_tokens: Tokens, slopes):
-    def add(step, kv, so_far):
+    def add(step, packed, so_far):
         """The share of the keys that arrived after ``step`` rotations."""
-        packed, tokens = kv
-        tokens = _placed(ring, step, tokens, q_tokens, packed.shape[1])
+        tokens = _arrived(ring, step, q_tokens, kv_tokens, packed.shape[1])
         k, v = jnp.split(packed, 2, axis=-1)
 
         def share(out, lse):
@@ -104,19 +124,18 @@ def _forward(spec, ring: Ring, q, k, v, q_tokens: Tokens, kv_tokens: Tokens, slo
         return jax.lax.cond(_meet(spec, q_tokens, tokens), share, lambda *so_far: so_far, *so_far)
 
     def step(i, carry):
-        kv, so_far = carry
-        return ring.send(kv), add(i, kv, so_far)  # independent of each other: they overlap
+        packed, so_far = carry
+        return ring.send(packed), add(i, packed, so_far)  # independent of each other: they overlap
 
     lse = jnp.full((q.shape[0], q.shape[2], q.shape[1]), MASKED, wide(q, k))
-    start = ((jnp.concatenate([k, v], axis=-1), kv_tokens), (jnp.zeros(q.shape, lse.dtype), lse))
-    kv, so_far = jax.lax.fori_loop(0, ring.rotations, step, start)
-    return add(ring.rotations, kv, so_far)
+    start = (jnp.concatenate([k, v], axis=-1), (jnp.zeros(q.shape, lse.dtype), lse))
+    packed, so_far = jax.lax.fori_loop(0, ring.rotations, step, start)
+    return add(ring.rotations, packed, so_far)
 
 
 def _backward(spec, ring: Ring, q, k, v, q_tokens: Tokens, kv_tokens: Tokens, slopes, lse, d_out, delta):
-    def add(step, kv, sums):
-        packed, tokens = kv
-        tokens = _placed(ring, step, tokens, q_tokens, packed.shape[1])
+    def add(step, packed, sums):
+        tokens = _arrived(ring, step, q_tokens, kv_tokens, packed.shape[1])
         k, v = jnp.split(packed, 2, axis=-1)
 
         def share(dq, d_packed):
@@ -126,22 +145,20 @@ def _backward(spec, ring: Ring, q, k, v, q_tokens: Tokens, kv_tokens: Tokens, sl
         return jax.lax.cond(_meet(spec, q_tokens, tokens), share, lambda *sums: sums, *sums)
 
     def step(i, carry):
-        kv, sums = carry
-        dq, d_packed = add(i, kv, sums)
-        return ring.send(kv), (dq, ring.send(d_packed))
+        packed, sums = carry
+        dq, d_packed = add(i, packed, sums)
+        return ring.send(packed), (dq, ring.send(d_packed))
 
     packed = jnp.concatenate([k, v], axis=-1)
-    start = ((packed, kv_tokens), tuple(jnp.zeros(x.shape, lse.dtype) for x in (q, packed)))
-    kv, sums = jax.lax.fori_loop(0, ring.rotations, step, start)
-    dq, d_packed = add(ring.rotations, kv, sums)
+    start = (packed, tuple(jnp.zeros(x.shape, lse.dtype) for x in (q, packed)))
+    packed, sums = jax.lax.fori_loop(0, ring.rotations, step, start)
+    dq, d_packed = add(ring.rotations, packed, sums)
     return dq, *jnp.split(ring.send(d_packed, by=-ring.rotations), 2, axis=-1)
 
 
-def _placed(ring: Ring, step, tokens: Tokens, q_tokens: Tokens, length: int) -> Tokens:
-    """Key tokens with their positions, which travel only if they are not the row index."""
-    if q_tokens.positions is None or tokens.positions is not None:
-        return tokens
-    return tokens._replace(positions=_row_index(ring.source_of(step), length))
+def _arrived(ring: Ring, step, q_tokens: Tokens, kv_tokens: Tokens, length: int) -> Tokens:
+    """The key tokens that a device holds after ``step`` rotations."""
+    return ring.tokens(kv_tokens, q_tokens.positions is not None, ring.source_of(step), length)
 
 
 def _meet(spec: xla.Spec, q_tokens: Tokens, kv_tokens: Tokens) -> Array:

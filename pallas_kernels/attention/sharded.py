@@ -1,7 +1,8 @@
 """Attention under a mesh: batch over (data, fsdp), heads over tensor, time over sequence.
 
 Fully manual ``shard_map``. A source whose keys are split over time like the queries goes around the ring
-(``ring.py``); the keys of any other source, a cache say, are replicated over the sequence axis.
+(``ring.py``); the keys of any other source, a cache say, are replicated over the sequence axis. The order of
+time in force (``time_order``) is that of the queries, and of keys of the same length that are split.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import spmd
+from pallas_kernels import spmd, time_order
 from pallas_kernels.attention import ring, xla
 from pallas_kernels.attention.sources import Alibi, Source, wide
 
@@ -37,7 +38,7 @@ def attention(
     """
     batch = spmd.axes_dividing(mesh, spmd.BATCH, q.shape[0])
     parts, time_parts = mesh.shape.get(spmd.TENSOR, 1), mesh.shape.get(spmd.SEQUENCE, 1)
-    time = spmd.SEQUENCE if time_parts > 1 and q.shape[1] % time_parts == 0 else None
+    time, pieces = time_order.shard("attention", mesh, q.shape[1])
     if time is not None and run is not xla.attention:
         raise ValueError(f"attention: a sequence axis of {time_parts} devices needs implementation='xla'.")
     rings = [time is not None and _split_over_time(source, time_parts) for source in sources]
@@ -57,9 +58,9 @@ def attention(
         found = []
         for source, on_ring in zip(own, rings):
             if on_ring:
-                found.append(ring.attend(time, time_parts, q, source, q_segment_ids, scale, bias))
+                found.append(ring.attend(time, time_parts, pieces, q, source, q_segment_ids, scale, bias))
             else:
-                source = _with_positions(source, q.shape[1], time)
+                source = _with_positions(source, q.shape[1], time_parts, pieces)
                 found.append(xla.attend(q, source, q_segment_ids, scale, bias, wide(q)))
         out, lse = functools.reduce(lambda a, b: xla.merge(*a, *b), found)
         return out.astype(q.dtype), lse
@@ -67,8 +68,9 @@ def attention(
     def source_specs(on_ring: bool, pick_head: bool) -> dict[str, PartitionSpec]:
         tokens = PartitionSpec(batch, time if on_ring else None)
         kv = PartitionSpec(*tokens, None if pick_head else spmd.TENSOR)
-        specs = {"k": kv, "v": kv, "kv_positions": tokens, "kv_segment_ids": tokens}
-        return {**specs, "q_positions": PartitionSpec(batch, time), "kv_length": PartitionSpec(batch)}
+        by_row = PartitionSpec(batch)  # what is known of the keys is whole on every device, on the ring too
+        specs = {"k": kv, "v": kv, "kv_positions": by_row, "kv_segment_ids": by_row, "kv_length": by_row}
+        return {**specs, "q_positions": PartitionSpec(batch, time)}
 
     specs = [source_specs(*x) for x in zip(rings, shared)]
     arrays = [{name: getattr(source, name) for name in spec} for source, spec in zip(sources, specs)]
@@ -106,9 +108,9 @@ def _own_kv_head(x: Float[Array, "B Lk K E"], parts: int) -> Float[Array, "B Lk 
     return jax.lax.dynamic_slice_in_dim(x, head, 1, axis=2)
 
 
-def _with_positions(source: Source, length: int, axis: str) -> Source:
-    """``source`` with the row index of this device's queries written out."""
+def _with_positions(source: Source, length: int, parts: int, pieces: int) -> Source:
+    """``source`` with the index in time of this device's queries written out."""
     if source.q_positions is not None:
         return source
-    positions = jax.lax.axis_index(axis) * length + jnp.arange(length, dtype=jnp.int32)
+    positions = time_order.row_index(jax.lax.axis_index(spmd.SEQUENCE), length, parts, pieces)
     return dataclasses.replace(source, q_positions=jnp.tile(positions, (source.k.shape[0], 1)))

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, PartitionSpec
 from jaxtyping import Array, Float, Inexact, Int
 
-from pallas_kernels import spmd
+from pallas_kernels import spmd, time_order
 from pallas_kernels.segments import reset_runs
 from pallas_kernels.shard_carry import entering_and_final
 
@@ -38,7 +38,7 @@ def selective_scan(
         reverse.
     """
     batch = spmd.axes_dividing(mesh, spmd.BATCH, x.shape[0])
-    time = spmd.axes_dividing(mesh, spmd.SEQUENCE, x.shape[1])
+    time, pieces = time_order.shard("selective_scan", mesh, x.shape[1])
     channels = spmd.axes_dividing(mesh, spmd.TENSOR, x.shape[2])
     specs, picks = zip(*(_groups(mesh, name, t, batch, time, channels) for name, t in (("B", B), ("C", C))))
 
@@ -46,12 +46,14 @@ def selective_scan(
         B, C = (pick(t) for pick, t in zip(picks, (B, C)))
         if time is None:
             return local(x, dt, A, B, C, state, segment_ids)
-        _, own = local(x, dt, A, B, C, jnp.zeros_like(state), segment_ids)
+        x, dt, segment_ids = (time_order.split(t, pieces) for t in (x, dt, segment_ids))
+        B, C = (t if t.ndim == 2 else time_order.split(t, pieces) for t in (B, C))
+        _, own = local(x, dt, A, B, C, jnp.repeat(jnp.zeros_like(state), pieces, axis=0), segment_ids)
         product = jnp.exp(jnp.sum(dt, axis=1).astype(own.dtype)[..., None] * A)
         if segment_ids is not None:
             product = jnp.where((reset_runs(segment_ids)[:, -1] == 0)[:, None, None], product, 0)
         state, final = entering_and_final(product, own, state, segment_ids)
-        return local(x, dt, A, B, C, state, segment_ids)[0], final
+        return time_order.join(local(x, dt, A, B, C, state, segment_ids)[0], pieces), final
 
     by_token, by_state = PartitionSpec(batch, time, channels), PartitionSpec(batch, channels)
     rows = PartitionSpec(batch, time)
