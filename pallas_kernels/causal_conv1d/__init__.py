@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import spmd
-from pallas_kernels.causal_conv1d import reference, sharded, tpu, xla
+from pallas_kernels.causal_conv1d import gpu, reference, sharded, tpu, xla
 from pallas_kernels.dispatch import Kernel, resolve
 
 IMPLEMENTATIONS = {
@@ -18,6 +18,7 @@ IMPLEMENTATIONS = {
     "xla": xla.causal_conv1d,
     "pallas_tpu": Kernel(tpu.causal_conv1d, tpu.unsupported, "tpu", automatic=True),
     "interpret": Kernel(functools.partial(tpu.causal_conv1d, interpret=True), tpu.unsupported),
+    "pallas_gpu": Kernel(gpu.causal_conv1d, gpu.unsupported, "cuda"),
 }
 ACTIVATIONS = (None, "silu")
 MAX_ELEMENTS = 2**31 - 1
