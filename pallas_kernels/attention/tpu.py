@@ -6,11 +6,10 @@ projections around them.
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pallas_kernels.attention import tpu_backward, tpu_forward
+from pallas_kernels.attention import tpu_backward, tpu_forward, xla
 from pallas_kernels.attention.sources import Tokens
 from pallas_kernels.attention.tpu_tile import Call, Operands, needed_blocks, token_rows
 from pallas_kernels.attention.xla import Out, Spec
@@ -19,27 +18,22 @@ from pallas_kernels.mosaic import LANES, SUBLANES, Interpret
 MAX_WIDTH = 512
 
 
-def unsupported(spec: Spec, q, k, v, q_tokens: Tokens, kv_tokens: Tokens, slopes, *backward) -> str | None:
-    """Why these calls cannot run, or None."""
-    problems = {
-        f"q, k, v are {q.dtype}, {k.dtype}, {v.dtype}; expected all float32 or all bfloat16": {
-            x.dtype for x in (q, k, v)
-        }
-        not in ({jnp.dtype(jnp.float32)}, {jnp.dtype(jnp.bfloat16)}),
-        f"{q.shape[1]} queries are fewer than the {SUBLANES} rows of a register: reading the keys in place "
-        "is faster": q.shape[1] < SUBLANES,
-        f"heads of {q.shape[3]} features do not fit into the kernel's memory; at most {MAX_WIDTH} do": q.shape[
-            3
-        ]
-        > MAX_WIDTH,
-    }
-    return next((reason for reason, found in problems.items() if found), None)
+def unsupported(spec: Spec, q, k, v, *_) -> str | None:
+    """Why this call cannot run, or None."""
+    dtypes = {x.dtype.name for x in (q, k, v)}
+    if len(dtypes) > 1 or not dtypes <= {"float32", "bfloat16"}:
+        return f"q, k and v are {q.dtype}, {k.dtype} and {v.dtype}; cast all to float32 or all to bfloat16"
+    if q.shape[3] > MAX_WIDTH:
+        return f"heads have {q.shape[3]} features, more than the {MAX_WIDTH} that fit; use more heads"
+    return None
 
 
 def forward(
     spec: Spec, q, k, v, q_tokens: Tokens, kv_tokens: Tokens, slopes, *, interpret: Interpret = False
 ) -> Out:
     """Output [B, Lq, H, E] in ``spec.out_dtype`` and log-sum-exp [B, H, Lq] in float32."""
+    if q.shape[1] < SUBLANES:  # decoding: reading the keys where they are is all there is to do
+        return xla.forward(spec, q, k, v, q_tokens, kv_tokens, slopes)
     call = _describe(spec, q, k, interpret)
     given = _operands(call, q, k, v, q_tokens, kv_tokens, slopes)
     out, lse = tpu_forward.forward(call, needed_blocks(call, q_tokens, kv_tokens)[0], given)
@@ -61,6 +55,8 @@ def backward(
     interpret: Interpret = False,
 ) -> tuple[Float[Array, "B Lq H E"], Float[Array, "B Lk K E"], Float[Array, "B Lk K E"]]:
     """dq, dk, dv in float32, given ``lse`` of the whole softmax and ``xla.row_delta``."""
+    if q.shape[1] < SUBLANES:
+        return xla.backward(spec, q, k, v, q_tokens, kv_tokens, slopes, lse, d_out, delta)
     call = _describe(spec, q, k, interpret)
     keys_of, queries_of = needed_blocks(call, q_tokens, kv_tokens)
     filled = -call.q_length % call.rows
@@ -87,8 +83,8 @@ def _operands(call: Call, q, k, v, q_tokens: Tokens, kv_tokens: Tokens, slopes) 
     q_rows, kv_rows = token_rows(call, q_tokens, kv_tokens)
     if slopes is not None:
         slopes = jnp.broadcast_to(slopes.astype(jnp.float32)[:, None, None], (len(slopes), 1, LANES))
-    arrays = (_heads_first(x, size) for x, size in ((q, call.rows), (k, call.cols), (v, call.cols)))
-    return Operands(*arrays, q_rows, kv_rows, slopes)
+    k, v = _heads_first(k, call.cols), _heads_first(v, call.cols)
+    return Operands(_heads_first(q, call.rows), k, v, q_rows, kv_rows, slopes)
 
 
 def _heads_first(x: Array, block: int) -> Array:

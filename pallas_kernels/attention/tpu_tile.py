@@ -68,7 +68,10 @@ class Call:
 def needed_blocks(
     call: Call, q_tokens: Tokens, kv_tokens: Tokens
 ) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
-    """First and one past the last block of keys for each block of queries [B or 1, blocks], and the reverse."""
+    """Which blocks of keys every block of queries needs, and the reverse: first, one past the last.
+
+    Tables of [B or 1, blocks].
+    """
     seen = may_meet(call.mask, _cut(q_tokens, call.rows), _cut(kv_tokens, call.cols))
     seen = jnp.broadcast_to(seen, (seen.shape[0], *call.blocks))
 
@@ -119,21 +122,21 @@ def token_rows(call: Call, q: Tokens, kv: Tokens) -> tuple[Rows, Rows]:
 class Axis(NamedTuple):
     """Tokens of one side of a tile, along sublanes [n, 1] or along lanes [1, n]."""
 
-    index: Array
+    place: Array  # row index
     positions: Array | None
     codes: Array | None
 
     @classmethod
     def along_lanes(cls, rows: Rows, start: Array, size: int) -> Axis:
-        index = start + jax.lax.broadcasted_iota(jnp.int32, (1, size), 1)
-        return cls(index, *(None if ref is None else ref[...] for ref in rows))
+        place = start + jax.lax.broadcasted_iota(jnp.int32, (1, size), 1)
+        return cls(place, *(None if ref is None else ref[...] for ref in rows))
 
     @classmethod
     def along_sublanes(cls, rows: Rows, columns: Sequence, start: Array, size: int) -> Axis:
         """``columns``: scratch [n, LANES] that holds each of ``rows`` as :func:`as_column`."""
-        index = start + jax.lax.broadcasted_iota(jnp.int32, (size, 1), 0)
+        place = start + jax.lax.broadcasted_iota(jnp.int32, (size, 1), 0)
         left = iter(columns)
-        return cls(index, *(None if ref is None else next(left)[:, :1] for ref in rows))
+        return cls(place, *(None if ref is None else next(left)[:, :1] for ref in rows))
 
 
 def logits(call: Call, products: Float[Array, "m n"], q: Axis, kv: Axis, slopes: Any) -> Float[Array, "m n"]:
@@ -142,19 +145,19 @@ def logits(call: Call, products: Float[Array, "m n"], q: Axis, kv: Axis, slopes:
     ``slopes``: ref of the head's ALiBi slope, or None.
     """
     s = products * call.scale
-    q_positions, kv_positions = (t.index if t.positions is None else t.positions for t in (q, kv))
+    q_positions, kv_positions = (t.place if t.positions is None else t.positions for t in (q, kv))
     distance = q_positions - kv_positions
     if slopes is not None:
         s -= slopes[:, :1] * distance.astype(jnp.float32)
-    conditions = []
+    conditions: list[Array] = []
     if call.mask.causal:
         conditions.append(distance >= 0)
     if call.mask.window is not None:
         conditions.append(distance < call.mask.window)
-    if q.codes is not None:
+    if q.codes is not None and kv.codes is not None:
         conditions.append(q.codes == kv.codes)
     if call.kv_length % call.cols:
-        conditions.append(jnp.broadcast_to(kv.index < call.kv_length, s.shape))
+        conditions.append(jnp.broadcast_to(kv.place < call.kv_length, s.shape))
     if not conditions:
         return s
     seen = conditions[0]
@@ -200,6 +203,9 @@ class Operands(NamedTuple):
         def statistics(*ids):
             b, h, i = q_index(*ids)
             return (b, h, 0, i)
+
+        def by_head(*ids):
+            return (q_index(*ids)[1], 0, 0)
 
         by_query = pl.BlockSpec((None, None, call.rows, width), lambda *ids: (*q_index(*ids), 0))
         by_key = pl.BlockSpec((None, None, call.cols, width), lambda *ids: (*kv_index(*ids), 0))
