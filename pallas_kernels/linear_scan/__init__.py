@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -9,8 +10,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Inexact, Int
 
 from pallas_kernels import spmd
-from pallas_kernels.dispatch import resolve
-from pallas_kernels.linear_scan import reference, sharded, xla
+from pallas_kernels.dispatch import Kernel, resolve
+from pallas_kernels.linear_scan import gpu, reference, sharded, tpu, xla
 from pallas_kernels.segments import reset_runs
 
 MAX_ELEMENTS = 2**31 - 1
@@ -23,7 +24,13 @@ def _reference(a, b, state, reverse):
     return h[:, ::-1], final
 
 
-IMPLEMENTATIONS: dict[str, Callable] = {"reference": _reference, "xla": xla.linear_scan}
+IMPLEMENTATIONS: dict[str, Callable | Kernel] = {
+    "reference": _reference,
+    "xla": xla.linear_scan,
+    "pallas_tpu": Kernel(tpu.linear_scan, tpu.unsupported, "tpu", automatic=True),
+    "interpret": Kernel(functools.partial(tpu.linear_scan, interpret=True), tpu.unsupported),
+    "pallas_gpu": Kernel(gpu.linear_scan, gpu.unsupported, "cuda"),
+}
 
 
 def linear_scan(
@@ -47,7 +54,7 @@ def linear_scan(
             arXiv:2303.03982). None means no padding and no resets.
         reverse: h_t = a_t h_{t+1} + b_t; the incoming state stands after the last token, the final state is
             that of the first.
-        implementation: "reference", "xla", or None to choose.
+        implementation: "reference", "xla", "pallas_tpu", "interpret", or None to choose.
 
     Under an active mesh (``spmd.active_mesh``) batch is split over (data, fsdp), channels over tensor, time
     over sequence, with one all-gather of (product of a, own final state) a call.
