@@ -1,4 +1,4 @@
-"""The Mamba-2 mixer: projections, a causal convolution, the SSD op, a gated norm (arXiv:2405.21060)."""
+"""The Mamba-2 mixer: projections around one op, convolution to gated norm (arXiv:2405.21060)."""
 
 # No ``from __future__ import annotations`` here: command-line overrides read the field types at run time.
 import dataclasses
@@ -12,8 +12,7 @@ from jaxtyping import Array, Float
 from layers.norm import RMSNorm
 from layers.param import Initializer, Linear, param, uniform_fan_in
 from layers.types import Context, State
-from pallas_kernels.causal_conv1d import causal_conv1d_together
-from pallas_kernels.ssd import ssd
+from pallas_kernels.mamba2 import Form, Inputs, Weights, gated_ssd
 
 
 @dataclasses.dataclass
@@ -124,50 +123,37 @@ class Mamba2(nnx.Module):
     def __call__(
         self, x: Float[Array, "B L D"], state: State | None, ctx: Context
     ) -> tuple[Float[Array, "B L D"], State | None]:
-        c, (batch, length, _) = self.config, x.shape
+        c = self.config
         before = ctx.carried(state) or {"conv": {"x": None, "B": None, "C": None}, "ssm": None}
-        z, raw_dt = self.in_z(x), self.in_dt(x)
-        mixed, tails = self._convolve({"x": self.in_x(x), "B": self.in_B(x), "C": self.in_C(x)}, before, ctx)
-        y, final = ssd(
-            mixed["x"].reshape(batch, length, self.heads, c.headdim),
-            self._dt(raw_dt),
-            -jnp.exp(self.A_log[...]),
-            mixed["B"].reshape(batch, length, c.n_groups, c.d_state),
-            mixed["C"].reshape(batch, length, c.n_groups, c.d_state),
-            self.D[...],
+        y, tails, final = gated_ssd(
+            Inputs(z=self.in_z(x), dt=self.in_dt(x), x=self.in_x(x), B=self.in_B(x), C=self.in_C(x)),
+            self._weights(),
+            self._form(x.shape[1]),
+            conv_state=before["conv"],
             initial_state=before["ssm"],
             segment_ids=ctx.segment_ids,
-            chunk_size=c.chunk_size,
             implementation=c.implementation,
         )
-        y = y.reshape(batch, length, -1)
-        y = y * jax.nn.silu(z) if self.norm is None else self.norm(y, z)
         if state is None:
             return self.out(y), None
         after = {"conv": tails, "ssm": final}
         return self.out(y), jax.tree.map(lambda new, old: new.astype(old.dtype), after, state)
 
-    def _convolve(self, projected: dict[str, jax.Array], before: State, ctx: Context) -> tuple[dict, dict]:
-        """Causal convolution and SiLU of x, B and C, and the tails they leave."""
-        names = list(projected)
-        ys, tails = causal_conv1d_together(
-            [projected[n] for n in names],
-            [self.conv[n].weight[...] for n in names],
-            [self.conv[n].bias_or_none() for n in names],
-            initial_states=[before["conv"][n] for n in names],
-            segment_ids=ctx.segment_ids,
-            activation="silu",
-            implementation=self.config.implementation,
+    def _weights(self) -> Weights:
+        return Weights(
+            conv={name: (conv.weight[...], conv.bias_or_none()) for name, conv in self.conv.items()},
+            dt_bias=self.dt_bias[...],
+            A=-jnp.exp(self.A_log[...]),
+            D=self.D[...],
+            norm=None if self.norm is None else self.norm.scale[...],
         )
-        return dict(zip(names, ys)), dict(zip(names, tails))
 
-    def _dt(self, raw: Float[Array, "B L H"]) -> Float[Array, "B L H"]:
-        """Step sizes, float32: softplus(raw + dt_bias), clamped."""
-        dt = jax.nn.softplus(raw.astype(self.dt_bias[...].dtype) + self.dt_bias[...])
-        low, high = self.config.dt_limit
-        if self.config.prefill_dt_min is not None and raw.shape[1] > 1:
-            low = max(low, self.config.prefill_dt_min)
-        return dt if (low, high) == (0.0, math.inf) else jnp.clip(dt, low, high)
+    def _form(self, length: int) -> Form:
+        c = self.config
+        low, high = c.dt_limit
+        if c.prefill_dt_min is not None and length > 1:
+            low = max(low, c.prefill_dt_min)
+        return Form(c.n_groups, (low, high), c.norm_eps, c.norm_before_gate, c.chunk_size)
 
     def flops_per_token(self, length: int) -> float:
         c = self.config

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ from pallas_kernels import spmd
 from pallas_kernels.causal_conv1d import gpu, reference, sharded, tpu, xla
 from pallas_kernels.dispatch import Kernel, resolve
 
-IMPLEMENTATIONS = {
+IMPLEMENTATIONS: dict[str, Callable | Kernel] = {
     "reference": reference.causal_conv1d,
     "xla": xla.causal_conv1d,
     "pallas_tpu": Kernel(tpu.causal_conv1d, tpu.unsupported, "tpu", automatic=True),

@@ -297,7 +297,7 @@ def _backward_kernel(
         _for_strips(x_ref, strip)
 
     _either_way((first > start - LANES) & (first < start + tokens + width), run)
-    if packed and several:
+    if reach is not None and several:
         reach_after_ref[...] = reach[:, :LANES]
 
     @pl.when(step == steps - 1)
