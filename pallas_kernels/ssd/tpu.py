@@ -48,15 +48,15 @@ def ssd(
     # Below the smallest normal number a decay is zero; the bound keeps cumulative sums precise behind such
     # a token.
     log_decay = jnp.maximum(log_decay, jnp.log(jnp.finfo(jnp.float32).tiny))
-    plan = _plan(x.shape, B.shape, operand, runs is not None, chunk_size, interpret)
+    plan = make_plan(x.shape, B.shape, operand, runs is not None, chunk_size, interpret)
 
     tokens, channels = plan.chunks * plan.chunk - length, plan.headdim - headdim
-    x_rows = _pad(x.astype(operand), {1: tokens, 3: channels})
+    x_rows = pad(x.astype(operand), {1: tokens, 3: channels})
     x_rows = x_rows.reshape(*x_rows.shape[:2], -1).swapaxes(1, 2)
-    scale, log_decay = (_pad(t, {1: tokens}).swapaxes(1, 2) for t in (scale, log_decay))
-    B, C = (_to_groups(plan, _pad(t.astype(operand), {1: tokens})) for t in (B, C))
-    rows = _pad(state, {2: channels}).reshape(batch, -1, plan.d_state)
-    counts = None if runs is None else _counts(_pad(runs, {1: tokens}, mode="edge"), plan.chunk)
+    scale, log_decay = (pad(t, {1: tokens}).swapaxes(1, 2) for t in (scale, log_decay))
+    B, C = (to_groups(plan, pad(t.astype(operand), {1: tokens})) for t in (B, C))
+    rows = pad(state, {2: channels}).reshape(batch, -1, plan.d_state)
+    counts = None if runs is None else chunk_counts(pad(runs, {1: tokens}, mode="edge"), plan.chunk)
 
     y, rows = _scan(plan, x_rows, scale, log_decay, B, C, D.astype(jnp.float32), rows, counts)
     y = y.swapaxes(1, 2)[:, :length].reshape(batch, length, heads, -1)[..., :headdim]
@@ -87,7 +87,7 @@ def default_blocks(heads_per_group: int, headdim: int) -> dict[str, int]:
     return {"chunk": mosaic.LANES, "heads": block, "heads_backward": block}
 
 
-def _plan(
+def make_plan(
     x: tuple[int, ...], B: tuple[int, ...], operand, packed: bool, chunk_size: int | None, interpret
 ) -> Plan:
     batch, length, heads, headdim = x
@@ -113,21 +113,21 @@ def _plan(
     )
 
 
-def _pad(t: jax.Array, after: dict[int, int], **mode) -> jax.Array:
+def pad(t: jax.Array, after: dict[int, int], **mode) -> jax.Array:
     """Zeros after the end of the axes in ``after``."""
     if not any(after.values()):
         return t
     return jnp.pad(t, [(0, after.get(axis, 0)) for axis in range(t.ndim)], **mode)
 
 
-def _to_groups(plan: Plan, t: jax.Array) -> jax.Array:
+def to_groups(plan: Plan, t: jax.Array) -> jax.Array:
     """[B, L, G, N] -> [B, 1, L, G*N] or [B, G, L, N]."""
     if plan.flat_groups:
         return t.reshape(t.shape[0], 1, t.shape[1], -1)
     return t.swapaxes(1, 2)
 
 
-def _counts(runs: jax.Array, chunk: int) -> jax.Array:
+def chunk_counts(runs: jax.Array, chunk: int) -> jax.Array:
     """Resets so far in each chunk, [B, 1, L]; run 0 continues the initial state."""
     before = jnp.pad(runs[:, chunk - 1 : -1 : chunk], [(0, 0), (1, 0)])
     return (runs - jnp.repeat(before, chunk, axis=1))[:, None]

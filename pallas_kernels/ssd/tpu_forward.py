@@ -15,14 +15,14 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import mosaic
 from pallas_kernels.mosaic import dot
-from pallas_kernels.ssd.tpu_chunk import VMEM_LIMIT_BYTES, Plan, by_head, decays, over_channels
+from pallas_kernels.ssd.tpu_chunk import VMEM_LIMIT_BYTES, Decays, Plan, by_head, decays, over_channels
 
 
-def _kernel(x_ref, scale_ref, log_decay_ref, B_ref, C_ref, D_ref, initial_ref, *refs, plan: Plan, save: bool):
+def kernel(x_ref, scale_ref, log_decay_ref, B_ref, C_ref, D_ref, initial_ref, *refs, plan: Plan, save: bool):
     refs = list(refs)
     counts = refs.pop(0)[...] if plan.packed else None
     y_ref, final_ref, *starts_ref, state_ref = refs
-    step, K, P = pl.program_id(2), plan.block, plan.headdim
+    step, K = pl.program_id(2), plan.block
 
     @pl.when(step == 0)
     def _():
@@ -33,22 +33,25 @@ def _kernel(x_ref, scale_ref, log_decay_ref, B_ref, C_ref, D_ref, initial_ref, *
         starts_ref[0][...] = R.astype(starts_ref[0].dtype)
     B, C, scale = B_ref[...], C_ref[...], scale_ref[...]
     decay = decays(log_decay_ref[...], counts)
-    scores = jnp.where(decay.visible, dot(B, C, (1, 1)), 0.0)
     x = by_head(x_ref[...], K)
-    u = (x * scale[:, None, :]).astype(B.dtype)
-    y = (
-        by_head(dot(R.astype(B.dtype), C, (1, 1)), K) * decay.from_start[:, None, :]
-        + x * D_ref[...][:, :, None]
-    )
-    for k in range(K):
-        weights = (scores * decay.within(k)).astype(B.dtype)
-        y_ref[k * P : (k + 1) * P, :] = (y[k] + dot(u[k], weights, (1, 0))).astype(y_ref.dtype)
+    write_output(y_ref, x, scale, B, C, D_ref[...], R, decay)
     kept = (by_head(R, K) * decay.through[:, :, None]).reshape(R.shape)
     state_ref[...] = kept + dot(over_channels(x, decay.to_end * scale, B.dtype), B, (1, 0))
 
     @pl.when(step == plan.chunks - 1)
     def _():
         final_ref[...] = state_ref[...]
+
+
+def write_output(y_ref, x, scale, B, C, D, R, decay: Decays) -> None:
+    """y [K*P, Q] of a chunk: x float32 [K, P, Q], scale [K, Q], D [K, 1], R [K*P, N] the state at its start."""
+    K, P, _ = x.shape
+    scores = jnp.where(decay.visible, dot(B, C, (1, 1)), 0.0)
+    u = (x * scale[:, None, :]).astype(B.dtype)
+    y = by_head(dot(R.astype(B.dtype), C, (1, 1)), K) * decay.from_start[:, None, :] + x * D[:, :, None]
+    for k in range(K):
+        weights = (scores * decay.within(k)).astype(B.dtype)
+        y_ref[k * P : (k + 1) * P, :] = (y[k] + dot(u[k], weights, (1, 0))).astype(y_ref.dtype)
 
 
 def forward(plan: Plan, x, scale, log_decay, B, C, D, state, counts, *, save: bool):
@@ -75,7 +78,7 @@ def forward(plan: Plan, x, scale, log_decay, B, C, D, state, counts, *, save: bo
     if save:
         outputs["starts"] = (starts, B.dtype, "starts")
     results = mosaic.tpu_call(
-        functools.partial(_kernel, plan=plan, save=save),
+        functools.partial(kernel, plan=plan, save=save),
         name="ssd_forward",
         grid=(plan.batch, plan.head_blocks, plan.chunks),
         semantics=("parallel", "parallel", "arbitrary"),
