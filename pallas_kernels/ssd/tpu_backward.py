@@ -13,6 +13,7 @@ order that could vary.
 from __future__ import annotations
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,26 +22,26 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import mosaic
 from pallas_kernels.mosaic import dot
-from pallas_kernels.ssd.tpu_chunk import VMEM_LIMIT_BYTES, Plan, by_head, decays, over_channels
+from pallas_kernels.ssd.tpu_chunk import (
+    VMEM_LIMIT_BYTES,
+    Decays,
+    Plan,
+    by_head,
+    decays,
+    over_channels,
+    through,
+)
 
 
-def _kernel(
-    x_ref,
-    scale_ref,
-    log_decay_ref,
-    B_ref,
-    C_ref,
-    D_ref,
-    starts_ref,
-    dy_ref,
-    d_final_ref,
-    overlap_ref,
-    *refs,
-    plan: Plan,
-):
+def _kernel(*refs, plan: Plan):
     refs = list(refs)
-    counts = refs.pop(0)[...] if plan.packed else None
-    dx_ref, d_scale_ref, d_log_decay_ref, dB_ref, dC_ref, dD_ref, d_initial_ref, dR_ref, carried_ref = refs
+    counts = refs.pop(10)[...] if plan.packed else None
+    x_ref, scale_ref, log_decay_ref, B_ref, C_ref, D_ref, starts_ref, dy_ref, d_final_ref, overlap_ref = refs[
+        :10
+    ]
+    dx_ref, d_scale_ref, d_log_decay_ref, dB_ref, dC_ref, dD_ref, d_initial_ref, dR_ref, carried_ref = refs[
+        10:
+    ]
     step, K = pl.program_id(2), plan.block
 
     @pl.when(step == 0)
@@ -49,39 +50,63 @@ def _kernel(
         carried_ref[...] = overlap_ref[...]
         dD_ref[...] = jnp.zeros_like(dD_ref)
 
-    B, C, R, scale = B_ref[...], C_ref[...], starts_ref[...], scale_ref[...]
-    dtype, dR = B.dtype, dR_ref[...]
-    decay = decays(log_decay_ref[...], counts)
+    scale, decay = scale_ref[...], decays(log_decay_ref[...], counts)
     x, dy = by_head(x_ref[...], K), by_head(dy_ref[...], K)
-    du, d_scores, read = _within_chunk(x, dy, scale, B, C, decay)
-    from_state = by_head(dot(R, C, (1, 1)), K)  # R C_i
-    du += by_head(dot(dR.astype(dtype), B, (1, 1)), K) * decay.to_end[:, None, :]
-    dx_ref[...] = (
-        (du * scale[:, None, :] + dy * D_ref[...][:, :, None]).reshape(-1, plan.chunk).astype(dx_ref.dtype)
-    )
-    dD_ref[...] += jnp.sum(jnp.sum(dy * x, 1), 1, keepdims=True)
-
-    wrote = over_channels(x, decay.to_end * scale, dtype)
-    reads = over_channels(dy, decay.from_start, dtype)
-    dB_ref[...] = dot(d_scores, C, (1, 0)) + dot(wrote, dR.astype(dtype), (0, 0))
-    dC_ref[...] = dot(d_scores, B, (0, 0)) + dot(reads, R, (0, 0))
-
-    d_scale = jnp.sum(x * du, 1)
-    d_scale_ref[...] = d_scale
-    d_alpha = read + decay.from_start * jnp.sum(dy * from_state, 1) - scale * d_scale
-    # Everything after a token in its chunk, and the state at the end: a product with the triangle.
-    d_log_decay_ref[...] = dot(d_alpha, decay.causal, (1, 1)) + carried_ref[...]
-
-    dR = (by_head(dR, K) * decay.through[:, :, None]).reshape(dR.shape) + dot(reads, C, (1, 0))
-    dR_ref[...] = dR
-    carried_ref[...] = jnp.sum(jnp.sum(by_head(dR * R.astype(jnp.float32), K), 1), 1, keepdims=True)
+    d = chunk_gradients(x, scale, B_ref[...], C_ref[...], starts_ref[...], dy, dR_ref[...], decay)
+    dx = d.u * scale[:, None, :] + dy * D_ref[...][:, :, None]
+    dx_ref[...] = dx.reshape(-1, plan.chunk).astype(dx_ref.dtype)
+    dD_ref[...] += sum_channels(dy * x)
+    d_scale_ref[...] = d.scale
+    d_log_decay_ref[...] = d.log_decay + carried_ref[...]
+    dB_ref[...], dC_ref[...] = d.B, d.C
+    dR_ref[...], carried_ref[...] = d.R, d.overlap
 
     @pl.when(step == plan.chunks - 1)
     def _():
-        d_initial_ref[...] = dR
+        d_initial_ref[...] = d.R
 
 
-def _within_chunk(x, dy, scale, B, C, decay) -> tuple[jax.Array, jax.Array, jax.Array]:
+class Gradients(NamedTuple):
+    """Of one chunk, float32."""
+
+    u: jax.Array  # [K, P, Q] of scale x, the skip not included
+    scale: jax.Array  # [K, Q]
+    log_decay: jax.Array  # [K, Q] without <dR', R'> of the state at the chunk's end, the same for each token
+    B: jax.Array  # [Q, N], the sum over these heads
+    C: jax.Array
+    R: jax.Array  # [K*P, N] of the state at the chunk's start
+    overlap: jax.Array  # [K, 1] <dR, R>, for the chunk before
+
+
+def chunk_gradients(x, scale, B, C, R, dy, dR, decay: Decays) -> Gradients:
+    """Backward of a chunk: x, dy [K, P, Q] float32; scale [K, Q]; B, C [Q, N]; R [K*P, N] the state at its start,
+    dR float32 the cotangent of that at its end."""
+    dtype, K = B.dtype, x.shape[0]
+    du, d_scores, read = _within_chunk(x, dy, scale, B, C, decay)
+    du += by_head(dot(dR.astype(dtype), B, (1, 1)), K) * decay.to_end[:, None, :]
+    from_state = by_head(dot(R, C, (1, 1)), K)  # R C_i
+    wrote = over_channels(x, decay.to_end * scale, dtype)
+    reads = over_channels(dy, decay.from_start, dtype)
+    d_scale = jnp.sum(x * du, 1)
+    d_alpha = read + decay.from_start * jnp.sum(dy * from_state, 1) - scale * d_scale
+    d_start = through(dR, decay) + dot(reads, C, (1, 0))
+    return Gradients(
+        u=du,
+        scale=d_scale,
+        log_decay=dot(d_alpha, decay.causal, (1, 1)),  # summed over the tokens from this one on
+        B=dot(d_scores, C, (1, 0)) + dot(wrote, dR.astype(dtype), (0, 0)),
+        C=dot(d_scores, B, (0, 0)) + dot(reads, R, (0, 0)),
+        R=d_start,
+        overlap=sum_channels(by_head(d_start * R.astype(jnp.float32), K)),
+    )
+
+
+def sum_channels(t: jax.Array) -> jax.Array:
+    """[K, P, Q] -> [K, 1]."""
+    return jnp.sum(jnp.sum(t, 1), 1, keepdims=True)
+
+
+def _within_chunk(x, dy, scale, B, C, decay: Decays) -> tuple[jax.Array, jax.Array, jax.Array]:
     """du [K, P, Q] of what tokens of a chunk read from each other; the gradient of their scores, summed over
     heads, [j, i] as a matrix operand; and <dy_i, y_i> of it, [K, Q]."""
     dtype = B.dtype

@@ -15,10 +15,18 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import mosaic
 from pallas_kernels.mosaic import dot
-from pallas_kernels.ssd.tpu_chunk import VMEM_LIMIT_BYTES, Decays, Plan, by_head, decays, over_channels
+from pallas_kernels.ssd.tpu_chunk import (
+    VMEM_LIMIT_BYTES,
+    Decays,
+    Plan,
+    by_head,
+    decays,
+    over_channels,
+    through,
+)
 
 
-def kernel(x_ref, scale_ref, log_decay_ref, B_ref, C_ref, D_ref, initial_ref, *refs, plan: Plan, save: bool):
+def _kernel(x_ref, scale_ref, log_decay_ref, B_ref, C_ref, D_ref, initial_ref, *refs, plan: Plan, save: bool):
     refs = list(refs)
     counts = refs.pop(0)[...] if plan.packed else None
     y_ref, final_ref, *starts_ref, state_ref = refs
@@ -35,8 +43,7 @@ def kernel(x_ref, scale_ref, log_decay_ref, B_ref, C_ref, D_ref, initial_ref, *r
     decay = decays(log_decay_ref[...], counts)
     x = by_head(x_ref[...], K)
     write_output(y_ref, x, scale, B, C, D_ref[...], R, decay)
-    kept = (by_head(R, K) * decay.through[:, :, None]).reshape(R.shape)
-    state_ref[...] = kept + dot(over_channels(x, decay.to_end * scale, B.dtype), B, (1, 0))
+    state_ref[...] = through(R, decay) + dot(over_channels(x, decay.to_end * scale, B.dtype), B, (1, 0))
 
     @pl.when(step == plan.chunks - 1)
     def _():
@@ -44,7 +51,7 @@ def kernel(x_ref, scale_ref, log_decay_ref, B_ref, C_ref, D_ref, initial_ref, *r
 
 
 def write_output(y_ref, x, scale, B, C, D, R, decay: Decays) -> None:
-    """y [K*P, Q] of a chunk: x float32 [K, P, Q], scale [K, Q], D [K, 1], R [K*P, N] the state at its start."""
+    """y [K*P, Q] of a chunk; x [K, P, Q] float32, scale [K, Q], D [K, 1], R [K*P, N] the state before it."""
     K, P, _ = x.shape
     scores = jnp.where(decay.visible, dot(B, C, (1, 1)), 0.0)
     u = (x * scale[:, None, :]).astype(B.dtype)
@@ -78,7 +85,7 @@ def forward(plan: Plan, x, scale, log_decay, B, C, D, state, counts, *, save: bo
     if save:
         outputs["starts"] = (starts, B.dtype, "starts")
     results = mosaic.tpu_call(
-        functools.partial(kernel, plan=plan, save=save),
+        functools.partial(_kernel, plan=plan, save=save),
         name="ssd_forward",
         grid=(plan.batch, plan.head_blocks, plan.chunks),
         semantics=("parallel", "parallel", "arbitrary"),
