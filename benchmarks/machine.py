@@ -80,6 +80,13 @@ def read_rate(size: int, repeats: int = 7) -> float:
     return matrix.nbytes / measure(lambda: matrix @ vector, repeats, min_seconds=0.05).best
 
 
+def copy_rate(size: int = 256 * 2**20, repeats: int = 7) -> float:
+    """Bytes/s read plus bytes/s written when ``size`` bytes are copied from memory to memory, at best."""
+    source = np.ones(size // 4, np.float32)
+    target = np.empty_like(source)
+    return 2 * source.nbytes / measure(lambda: np.copyto(target, source), repeats, min_seconds=0.05).best
+
+
 def floors(shape: Shape) -> dict[str, float]:
     """What bounds the model of ``shape`` from below on this machine.
 

@@ -29,14 +29,15 @@ class PeerFailed(RuntimeError):
 class Process:
     """A process of its own for one peer, idle between calls. Use as a context manager."""
 
-    def __init__(self, name: str, tuned_malloc: bool):
-        """``name`` is that of the peer, for messages; ``tuned_malloc`` as in ``benchmarks.peers.Entry``."""
+    def __init__(self, name: str, tuned_malloc: bool, platforms: str | None = "cpu"):
+        """``name`` is that of the peer, for messages; ``tuned_malloc`` as in ``benchmarks.peers.Entry``;
+        ``platforms`` those jax may use, None for what is there."""
         self.name = name
         context = multiprocessing.get_context("spawn")
         self._pool = concurrent.futures.ProcessPoolExecutor(1, mp_context=context)
         try:
             with _malloc(tuned_malloc):  # the first call starts the process
-                self.call(_prepare)
+                self.call(_prepare, platforms)
         except PeerFailed:
             self._pool.shutdown()
             raise
@@ -125,9 +126,12 @@ _held: dict[str, Any] = {}
 _watches: dict[tuple[str, int], Stopwatch] = {}
 
 
-def _prepare() -> None:
+def _prepare(platforms: str | None) -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    jax.config.update("jax_platforms", "cpu")
+    # A GPU may be shared with torch, in a process beside this one.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    if platforms is not None:
+        jax.config.update("jax_platforms", platforms)
     jax.config.update("jax_enable_compilation_cache", False)  # compile times are reported
 
 
