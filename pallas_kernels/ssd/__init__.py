@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from pallas_kernels.segments import reset_runs
 from pallas_kernels.ssd import reference, sharded, tpu, xla
 from pallas_kernels.ssd.unfused import default_chunk, unfused
 
-IMPLEMENTATIONS = {
+IMPLEMENTATIONS: dict[str, Callable | Kernel] = {
     "reference": unfused(reference.ssd_core),
     "xla": unfused(xla.ssd_core),
     "pallas_tpu": Kernel(tpu.ssd, tpu.unsupported, "tpu", automatic=True),

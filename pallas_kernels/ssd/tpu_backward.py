@@ -34,14 +34,12 @@ from pallas_kernels.ssd.tpu_chunk import (
 
 
 def _kernel(*refs, plan: Plan):
-    refs = list(refs)
-    counts = refs.pop(10)[...] if plan.packed else None
-    x_ref, scale_ref, log_decay_ref, B_ref, C_ref, D_ref, starts_ref, dy_ref, d_final_ref, overlap_ref = refs[
-        :10
-    ]
-    dx_ref, d_scale_ref, d_log_decay_ref, dB_ref, dC_ref, dD_ref, d_initial_ref, dR_ref, carried_ref = refs[
-        10:
-    ]
+    inputs, rest = refs[:10], list(refs[10:])
+    x_ref, scale_ref, log_decay_ref, B_ref, C_ref, D_ref, starts_ref, dy_ref, d_final_ref, overlap_ref = (
+        inputs
+    )
+    counts = rest.pop(0)[...] if plan.packed else None
+    dx_ref, d_scale_ref, d_log_decay_ref, dB_ref, dC_ref, dD_ref, d_initial_ref, dR_ref, carried_ref = rest
     step, K = pl.program_id(2), plan.block
 
     @pl.when(step == 0)
@@ -79,8 +77,11 @@ class Gradients(NamedTuple):
 
 
 def chunk_gradients(x, scale, B, C, R, dy, dR, decay: Decays) -> Gradients:
-    """Backward of a chunk: x, dy [K, P, Q] float32; scale [K, Q]; B, C [Q, N]; R [K*P, N] the state at its start,
-    dR float32 the cotangent of that at its end."""
+    """Backward of a chunk.
+
+    x, dy [K, P, Q] float32; scale [K, Q]; B, C [Q, N]; R [K*P, N] the state at its start; dR float32 the
+    cotangent of that at its end.
+    """
     dtype, K = B.dtype, x.shape[0]
     du, d_scores, read = _within_chunk(x, dy, scale, B, C, decay)
     du += by_head(dot(dR.astype(dtype), B, (1, 1)), K) * decay.to_end[:, None, :]

@@ -139,3 +139,8 @@ def by_head(t: jax.Array, block: int) -> jax.Array:
 def over_channels(t: jax.Array, like: jax.Array, dtype) -> jax.Array:
     """[K, P, Q] times [K, Q], as a matrix operand [K*P, Q]."""
     return (t * like[:, None, :]).reshape(-1, t.shape[2]).astype(dtype)
+
+
+def through(R: jax.Array, decay: Decays) -> jax.Array:
+    """What is left of the state R [K*P, N] at the end of the chunk (and, of a cotangent, at its start)."""
+    return (by_head(R, decay.alpha.shape[0]) * decay.through[:, :, None]).reshape(R.shape)

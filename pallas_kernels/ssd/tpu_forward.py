@@ -27,9 +27,9 @@ from pallas_kernels.ssd.tpu_chunk import (
 
 
 def _kernel(x_ref, scale_ref, log_decay_ref, B_ref, C_ref, D_ref, initial_ref, *refs, plan: Plan, save: bool):
-    refs = list(refs)
-    counts = refs.pop(0)[...] if plan.packed else None
-    y_ref, final_ref, *starts_ref, state_ref = refs
+    rest = list(refs)
+    counts = rest.pop(0)[...] if plan.packed else None
+    y_ref, final_ref, *starts_ref, state_ref = rest
     step, K = pl.program_id(2), plan.block
 
     @pl.when(step == 0)
