@@ -20,10 +20,9 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import mosaic, tuning
+from pallas_kernels.causal_conv1d import tpu_tile as tile
 from pallas_kernels.causal_conv1d import xla
 from pallas_kernels.mosaic import LANES, sigmoid
-
-STRIP = 16  # channels worked on at once
 
 
 class Setup(NamedTuple):
@@ -39,7 +38,7 @@ def block_sizes(channels: int, length: int, dtype: DTypeLike) -> tuple[int, int]
     default = {"channels": 256, "tokens": 1024}
     sizes = tuning.blocks("causal_conv1d", {"C": channels, "L": length}, dtype, default)
     tokens = max(sizes["tokens"] // LANES, 1) * LANES
-    return (min(sizes["channels"], channels) // STRIP * STRIP or channels), min(tokens, length)
+    return (min(sizes["channels"], channels) // tile.STRIP * tile.STRIP or channels), min(tokens, length)
 
 
 def unsupported(x, weight, bias, initial_state, segment_ids, activation) -> str | None:
@@ -127,7 +126,7 @@ def _backward(setup: Setup, residuals, dy):
         ],
         scratch_shapes=[
             pltpu.VMEM((blocks.channels, LANES), f32),
-            pltpu.VMEM((_strip(blocks.channels), LANES), jnp.int32),
+            pltpu.VMEM((tile.strip_of(blocks.channels), LANES), jnp.int32),
             pltpu.VMEM((setup.width + 1, blocks.channels, blocks.folded), f32),
         ],
         interpret=setup.interpret,
@@ -164,27 +163,6 @@ class _Blocks:
         self.past = pl.BlockSpec((*per_row, width - 1), lambda b, c, t: (b, c, 0))
 
 
-def _strip(channels: int) -> int:
-    return STRIP if channels % STRIP == 0 else channels
-
-
-def _for_strip(row, ref):
-    """[1, Q] for every channel of a strip: a mask is cheap to compare, and dear to broadcast."""
-    return jnp.broadcast_to(row, (_strip(ref.shape[0]), row.shape[1]))
-
-
-def _for_strips(ref, visit) -> None:
-    """``visit(rows)`` for strips of channels small enough that a strip's values stay in registers."""
-    channels = ref.shape[0]
-    strip = _strip(channels)
-
-    def step(i, _):
-        visit(pl.ds(pl.multiple_of(i * strip, strip), strip))
-        return 0
-
-    jax.lax.fori_loop(0, channels // strip, step, 0)
-
-
 def _window(before, x, past, first, start):
     """Inputs of tokens start - 128 .. start + Q, float32; ``past`` (or None) goes before token ``first``.
 
@@ -193,33 +171,7 @@ def _window(before, x, past, first, start):
     window = jnp.concatenate([before, x], axis=1).astype(jnp.float32)
     if past is None:
         return window
-    return _place(window, past.astype(jnp.float32), _times(window.shape, start) - first)
-
-
-def _times(shape, start):
-    return jax.lax.broadcasted_iota(jnp.int32, shape, 1) + (start - LANES)
-
-
-def _place(window, past, after_first):
-    taps_before = past.shape[1]
-    for i in range(taps_before):
-        window = jnp.where(after_first == i - taps_before, past[:, i : i + 1], window)
-    return window
-
-
-def _taps(window, reach, width: int):
-    """Inputs under each tap, the current token's first, zero where out of reach."""
-    length = window.shape[1] - LANES
-    taps = [window[:, LANES - back : LANES - back + length] for back in range(width)]
-    return taps if reach is None else [jnp.where(reach > back, tap, 0) for back, tap in enumerate(taps)]
-
-
-def _before_activation(taps, columns):
-    width = len(taps)
-    y = columns[:, width : width + 1] + taps[0] * columns[:, width - 1 : width]
-    for back in range(1, width):
-        y += taps[back] * columns[:, width - 1 - back : width - back]
-    return y
+    return tile.place(window, past.astype(jnp.float32), tile.times(window.shape, start) - first)
 
 
 def _either_way(condition, run) -> None:
@@ -232,20 +184,20 @@ def _forward_kernel(first_ref, x_ref, columns_ref, past_ref, *refs, setup: Setup
     (*reach_ref, y_ref, before_ref) = refs
     tokens = x_ref.shape[1]
     start, first = pl.program_id(2) * tokens, first_ref[pl.program_id(0)]
-    reach = _for_strip(reach_ref[0][...], x_ref) if packed else None
+    reach = tile.for_strip(reach_ref[0][...], x_ref) if packed else None
 
     def run(with_past: bool):
         def strip(rows):
             past = past_ref[rows, :] if with_past else None
             window = _window(before_ref[rows, :], x_ref[rows, :], past, first, start)
-            y = _before_activation(_taps(window, reach, setup.width), columns_ref[rows, :])
+            y = tile.before_activation(tile.taps(window, reach, setup.width), columns_ref[rows, :])
             y = y * sigmoid(y) if setup.activation == "silu" else y
             y = y if reach is None else jnp.where(reach > 0, y, 0)
             y_ref[rows, :] = y.astype(y_ref.dtype)
             if tokens % LANES == 0:
                 before_ref[rows, :] = x_ref[rows, tokens - LANES :]
 
-        _for_strips(x_ref, strip)
+        tile.for_strips(x_ref, strip)
 
     _either_way((first > start - LANES) & (first < start + tokens + setup.width), run)
 
@@ -264,7 +216,7 @@ def _backward_kernel(
             ref[...] = jnp.zeros_like(ref)
 
     if packed:
-        reach = _for_strip(optional[-1][...], x_ref)
+        reach = tile.for_strip(optional[-1][...], x_ref)
         reach_both = jnp.concatenate([reach, reach_after_ref[...]], axis=1)
 
     def run(with_past: bool):
@@ -272,10 +224,10 @@ def _backward_kernel(
             columns, x = columns_ref[rows, :], x_ref[rows, :]
             before = optional[0][rows, :] if several else jnp.zeros((x.shape[0], LANES), x.dtype)
             past = past_ref[rows, :] if with_past else None
-            taps = _taps(_window(before, x, past, first, start), reach, width)
+            taps = tile.taps(_window(before, x, past, first, start), reach, width)
             d = dy_ref[rows, :].astype(jnp.float32)
             if setup.activation == "silu":
-                y = _before_activation(taps, columns)
+                y = tile.before_activation(taps, columns)
                 gate = sigmoid(y)
                 d = d * gate * (1 + y * (1 - gate))
             d = d if reach is None else jnp.where(reach > 0, d, 0)
@@ -283,18 +235,18 @@ def _backward_kernel(
                 inside = jax.lax.broadcasted_iota(jnp.int32, d.shape, 1) < length - start
                 d, taps = jnp.where(inside, d, 0), [jnp.where(inside, tap, 0) for tap in taps]
             for back, tap in enumerate(taps):
-                sums_ref[width - 1 - back, rows, :] += _fold(d * tap)
-            sums_ref[width, rows, :] += _fold(d)
+                sums_ref[width - 1 - back, rows, :] += tile.fold(d * tap)
+            sums_ref[width, rows, :] += tile.fold(d)
             d_both = jnp.concatenate([d, after_ref[rows, :]], axis=1)
-            dx = _d_inputs(d_both, reach_both, columns, width)
+            dx = tile.d_inputs(d_both, reach_both, columns, width)
             if with_past:
-                d_past_ref[rows, :] += _d_past(d_both, reach_both, columns, width, first, start)
+                d_past_ref[rows, :] += tile.d_past(d_both, reach_both, columns, width, first, start)
             dx = dx if reach is None else jnp.where(reach > 0, dx, 0)
             dx_ref[rows, :] = dx.astype(dx_ref.dtype)
             if several:
                 after_ref[rows, :] = d[:, :LANES]
 
-        _for_strips(x_ref, strip)
+        tile.for_strips(x_ref, strip)
 
     _either_way((first > start - LANES) & (first < start + tokens + width), run)
     if reach is not None and several:
@@ -304,32 +256,3 @@ def _backward_kernel(
     def _():
         for k in range(width + 1):
             d_columns_ref[:, k : k + 1] = jnp.sum(sums_ref[k], axis=1, keepdims=True)
-
-
-def _fold(t):
-    """A sum over time, but for the last 128 lanes where there are whole tiles: they are summed once a row."""
-    if t.shape[1] % LANES:
-        return jnp.sum(t, axis=1, keepdims=True)
-    return sum(t[:, i : i + LANES] for i in range(0, t.shape[1], LANES))
-
-
-def _d_inputs(d, reach, columns, width: int):
-    """Cotangents of the inputs; ``d`` and ``reach`` have 128 tokens more behind."""
-    length, dx = d.shape[1] - LANES, 0.0
-    for back in range(width):
-        seen = d if reach is None else jnp.where(reach > back, d, 0)
-        dx += seen[:, back : back + length] * columns[:, width - 1 - back : width - back]
-    return dx
-
-
-def _d_past(d, reach, columns, width: int, first, start):
-    """What this block gives the cotangent of the past: the columns of dx in whose place it stands, of the
-    tile before the block too where no other block has it."""
-    d = jnp.concatenate([jnp.zeros((d.shape[0], LANES), d.dtype), d], axis=1)
-    if reach is not None:
-        reach = jnp.concatenate([jnp.zeros((reach.shape[0], LANES), reach.dtype), reach], axis=1)
-    dx = _d_inputs(d, reach, columns, width)
-    times = _times(dx.shape, start)
-    dx = jnp.where((times >= start) | (start == 0), dx, 0)
-    picked = [jnp.where(times - first == i + 1 - width, dx, 0) for i in range(width - 1)]
-    return jnp.concatenate([jnp.sum(t, axis=1, keepdims=True) for t in picked], axis=1)
