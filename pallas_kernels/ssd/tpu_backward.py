@@ -180,7 +180,7 @@ def backward(plan: Plan, x, scale, log_decay, B, C, D, starts, counts, dy, d_fin
         interpret=plan.interpret,
     )(*(array for array, _ in inputs.values()))
     dx, d_scale, d_log_decay, dB, dC, dD, d_state = results
-    dB, dC = (_sum_parts(plan, t, B) for t in (dB, dC))
+    dB, dC = (sum_parts(plan, t, B) for t in (dB, dC))
     return (
         dx,
         d_scale.reshape(scale.shape),
@@ -192,7 +192,7 @@ def backward(plan: Plan, x, scale, log_decay, B, C, D, starts, counts, dy, d_fin
     )
 
 
-def _sum_parts(plan: Plan, t: jax.Array, like: jax.Array) -> jax.Array:
+def sum_parts(plan: Plan, t: jax.Array, like: jax.Array) -> jax.Array:
     """[B, H/K, L, N] summed over the head blocks of each group, in the layout and the dtype of B."""
     t = t.reshape(plan.batch, plan.groups, plan.group_blocks, *t.shape[2:]).sum(2)
     return (t.swapaxes(1, 2) if plan.flat_groups else t).reshape(like.shape).astype(like.dtype)
