@@ -70,8 +70,20 @@ class Entry:
         return f"{self.chip} {self.op} {self.dtype} {shape}".strip()
 
 
+@dataclasses.dataclass(frozen=True)
+class Question:
+    """What a kernel asked :func:`blocks`."""
+
+    op: str
+    shape: dict[str, int]
+    dtype: str
+    default: dict[str, int]
+    platform: str
+
+
 _FIELDS = {field.name: field for field in dataclasses.fields(Entry)}
 _chip: contextvars.ContextVar[str | None] = contextvars.ContextVar("chip", default=None)
+_questions: contextvars.ContextVar[list[Question] | None] = contextvars.ContextVar("questions")
 _forced: contextvars.ContextVar[Mapping[str, dict[str, int]]] = contextvars.ContextVar("forced")
 
 
@@ -89,9 +101,11 @@ def blocks(
     Raises:
         ValueError: the table is broken, or its entry for this call names a block size that ``default`` lacks.
     """
+    dtype = jnp.dtype(dtype).name
+    if (questions := _questions.get(None)) is not None:
+        questions.append(Question(op, dict(shape), dtype, dict(default), platform))
     if op in (given := _forced.get({})):
         return {**default, **given[op]}
-    dtype = jnp.dtype(dtype).name
     chip = current_chip()
     if chip is None or CHIPS[chip] != platform:
         chip = platform
@@ -148,6 +162,17 @@ def forced(op: str, sizes: Mapping[str, int]) -> Iterator[None]:
         yield
     finally:
         _forced.reset(token)
+
+
+@contextlib.contextmanager
+def questions() -> Iterator[list[Question]]:
+    """What kernels traced inside ask for."""
+    asked: list[Question] = []
+    token = _questions.set(asked)
+    try:
+        yield asked
+    finally:
+        _questions.reset(token)
 
 
 def current_chip() -> str | None:

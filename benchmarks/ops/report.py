@@ -26,8 +26,8 @@ METHOD = (
 ON_CPU = "Both rates were measured on this CPU in this run; what fits its caches can beat the bound."
 STATIC = (
     "TPU: the compiler's evidence, nothing was run. Kernels: cycles of the compiled schedule, without "
-    "waiting for memory. Bytes: of the compiled program's buffers to and from memory, at the chip's bandwidth. The "
-    "program takes at least the longer of the two."
+    "waiting for memory. Bytes: of the compiled program's buffers to and from memory, at the chip's "
+    "bandwidth. The program takes at least the longer of the two."
 )
 Row = dict[str, Any]
 

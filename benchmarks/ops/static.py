@@ -80,7 +80,7 @@ def evidence(case: Case, chip: str, implementation: str) -> list[Evidence]:
                 numbers["cycles"], numbers["kernel_ms"] = cycles(case, chip, what=what)
             found.append(Evidence(*fields, what, implementation, **numbers))
         except Exception as error:
-            found.append(Evidence(*fields, what, implementation, error=_short(error)))
+            found.append(Evidence(*fields, what, implementation, error=short(error)))
     return found
 
 
@@ -104,9 +104,21 @@ def cycles(
     return sum(k.cycles for k in kernels), sum(k.ms for k in kernels)
 
 
-def _compiled(case: Case, chip: str, implementation: str, what: str) -> dict[str, Any]:
+def least_ms(case: Case, chip: str, forced: dict[str, int], what: str) -> float:
+    """The time that a call takes at least with these block sizes: its kernels' cycles, or all its bytes.
+
+    Raises:
+        RuntimeError: it does not compile.
+    """
+    _, kernels = cycles(case, chip, forced, what)
+    return max(kernels, _compiled(case, chip, KERNEL, what, forced)["bytes_ms"])
+
+
+def _compiled(
+    case: Case, chip: str, implementation: str, what: str, forced: dict[str, int] | None = None
+) -> dict[str, Any]:
     """Bytes and VMEM."""
-    function, args = program(dataclasses.asdict(case), implementation, what, chip, {})
+    function, args = program(dataclasses.asdict(case), implementation, what, chip, forced or {})
     compiled = aot.compile_for(chip, function, *args)
     lines = (line for line in compiled.as_text().splitlines() if '"tpu_custom_call"' in line)
     vmem = [int(size) for line in lines for size in _VMEM.findall(line)]
@@ -114,7 +126,8 @@ def _compiled(case: Case, chip: str, implementation: str, what: str) -> dict[str
     return {"bytes": moved, "bytes_ms": 1e3 * moved / PEAKS[chip].bytes, "vmem": max(vmem, default=None)}
 
 
-def _short(error: Exception) -> str:
+def short(error: Exception) -> str:
+    """The line of a compiler's message that says most."""
     lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     telling = [line for line in lines if re.search(r"Error|error|cannot|exceed|RESOURCE", line)]
     return (telling or lines)[-1].strip()[:300]

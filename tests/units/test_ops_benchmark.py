@@ -47,7 +47,7 @@ def found():
         patch.setattr(run, "CPU_QUICK", (SSD, SCAN))
         patch.setattr(worker, "SAMPLE_SECONDS", 1e-3)
         plan = run.Plan(quick=True, repeats=2, against="HEAD")
-        yield plan, run.run(plan, note=lambda text: None)
+        return plan, run.run(plan, note=lambda text: None)
 
 
 def test_a_run(found):

@@ -6,6 +6,8 @@ import logging
 import jax.numpy as jnp
 import pytest
 
+from benchmarks import tune
+from benchmarks.ops.cases import ACCELERATOR, Case
 from pallas_kernels import tuning
 from pallas_kernels.tuning import MEASURED, STATIC, Entry
 
@@ -78,6 +80,13 @@ def test_forced_sizes_win(table):
     assert tuning.blocks("ssd", SHAPE, "bfloat16", DEFAULT)["heads"] == 4
 
 
+def test_what_kernels_ask_for_can_be_listened_to(table):
+    with tuning.questions() as asked:
+        tuning.blocks("ssd", SHAPE, jnp.bfloat16, DEFAULT)
+    tuning.blocks("ssd", SHAPE, jnp.bfloat16, DEFAULT)
+    assert asked == [tuning.Question("ssd", SHAPE, "bfloat16", DEFAULT, "tpu")]
+
+
 def test_an_untuned_default_is_said_once_and_only_for_a_chip(table, caplog):
     with caplog.at_level(logging.INFO, "longspan.kernels"):
         tuning.blocks("conv", SHAPE, "float32", DEFAULT)
@@ -145,3 +154,52 @@ def test_write_and_read_again(tmp_path):
 
 def test_the_table_that_comes_with_the_package_is_good():
     assert isinstance(tuning.read(tuning.PATH), tuple)
+
+
+CASE = Case("ssd", {"B": 1, "L": 256, "H": 8, "P": 64, "N": 64, "G": 2, "Q": 128}, "bfloat16")
+QUESTION = tuning.Question(
+    "ssd", {"B": 1, "L": 256, "H": 8, "G": 2}, "bfloat16", {"chunk": 128, "heads": 4}, "tpu"
+)
+
+
+def test_the_search_varies_one_size_after_the_other():
+    assert tune.candidates(QUESTION) == {"chunk": [128, 256, 512], "heads": [2, 4]}
+    tried = []
+
+    def time(case, blocks):
+        tried.append(tuple(blocks.values()))
+        if blocks["chunk"] == 512:
+            raise RuntimeError("RESOURCE_EXHAUSTED: too much VMEM")
+        return 1000 / blocks["chunk"] + blocks["heads"]
+
+    notes = []
+    assert tune.search(CASE, QUESTION, time, notes.append) == ({"chunk": 256, "heads": 2}, 1000 / 256 + 2)
+    assert tried == [(128, 4), (256, 4), (512, 4), (256, 2)]
+    assert any("left out: RESOURCE_EXHAUSTED" in note for note in notes)
+
+
+def test_tuning_resumes_and_static_evidence_replaces_no_measurement(tmp_path, monkeypatch):
+    monkeypatch.setattr(tune, "question_of", lambda case, chip: QUESTION if case.op == "ssd" else None)
+    path, calls = tmp_path / "t.json", []
+
+    def fill(source, again=False, ms=1.0, cases=(CASE, Case("long_conv", {"B": 1, "L": 8, "H": 2}))):
+        calls.clear()
+        time = lambda case, blocks: calls.append(1) or ms  # noqa: E731
+        return tune.fill(path, cases, "v5e", source, time, again, lambda text: None)
+
+    (first,) = fill(STATIC)
+    assert first.shape == {"L": 256, "H": 8, "G": 2} and first.source == STATIC and calls
+    assert not fill(STATIC) and not calls  # there already
+    assert fill(STATIC, again=True)
+    (second,) = fill(MEASURED, ms=2.0)  # a measurement replaces static evidence
+    assert [e.source for e in tuning.read(path)] == [MEASURED] and second.ms == 2.0
+    assert not fill(STATIC, again=True) and not calls
+    assert not fill(MEASURED)
+
+
+def test_what_the_kernels_of_the_package_ask(tmp_path):
+    for case in ACCELERATOR:
+        question = tune.question_of(case, "v5e")
+        if question is not None:
+            assert set(question.shape) <= set(case.shape) and all(tune.candidates(question).values())
+    assert tune.question_of(CASE, "h100") is None or tuning.CHIPS["h100"] == "cuda"
