@@ -51,22 +51,19 @@ def search(case: Case, question: Question, time: Time, note: Callable[[str], Non
         RuntimeError: not even the default compiles.
     """
     best = dict(question.default)
-    tried = {tuple(best.values()): time(case, best)}
+    least = time(case, best)
+    note(f"{case}: {best} {least:.4g} ms")
     for name, values in candidates(question).items():
-        for value in values:
-            sizes = {**best, name: value}
-            key = tuple(sizes.values())
-            if key not in tried:
-                try:
-                    tried[key] = time(case, sizes)
-                except Exception as error:  # too large for the chip's memory, or refused by the kernel
-                    note(f"{case}: {sizes} left out: {static.short(error)}")
-                    tried[key] = float("inf")
-            note(f"{case}: {sizes} {tried[key]:.4g} ms")
-        best[name] = min(
-            values, key=lambda value: tried.get(tuple({**best, name: value}.values()), float("inf"))
-        )
-    return best, tried[tuple(best.values())]
+        for sizes in [{**best, name: value} for value in values if value != best[name]]:
+            try:
+                ms = time(case, sizes)
+            except Exception as error:  # too large for the chip's memory, or refused by the kernel
+                note(f"{case}: {sizes} left out: {static.short(error)}")
+                continue
+            note(f"{case}: {sizes} {ms:.4g} ms")
+            if ms < least:
+                best, least = sizes, ms
+    return best, least
 
 
 def question_of(case: Case, chip: str) -> Question | None:

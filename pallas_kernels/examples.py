@@ -16,6 +16,7 @@ from pallas_kernels import causal_conv1d as conv_op
 from pallas_kernels import linear_scan as linear_scan_op
 from pallas_kernels import long_conv as long_conv_op
 from pallas_kernels import lti_ssm as lti_op
+from pallas_kernels import mamba2 as mamba2_op
 from pallas_kernels import selective_scan as selective_scan_op
 from pallas_kernels import ssd as ssd_op
 from pallas_kernels import vandermonde as vandermonde_op
@@ -58,6 +59,7 @@ def examples() -> Iterator[Example]:
     yield _selective_scan("one document", 1, 256, 128, 16, jnp.float32)
     yield _conv("packed, state, tiny", 2, 21, 16, jnp.float32, packed=True)
     yield _conv("one document", 1, 256, 128, jnp.bfloat16)
+    yield _gated_ssd()
     yield _attention()
     yield from _lti()
     yield from _kernels()
@@ -158,6 +160,40 @@ def _conv(what: str, b: int, length: int, c: int, dtype: Any, packed=False) -> E
         **arrays, activation="silu", implementation=implementation
     )
     return dataclasses.replace(example, call=call)
+
+
+def _gated_ssd() -> Example:
+    random, (b, length, h, p, g, n, taps) = _Random(), (2, 21, 4, 8, 2, 16, 4)
+    sizes = {"x": h * p, "B": g * n, "C": g * n}
+    arguments = {name: random.normal(b, length, size) for name, size in sizes.items()}
+    arguments |= {f"conv_{name}": random.normal(taps, size) for name, size in sizes.items()}
+    arguments |= {f"bias_{name}": random.normal(size) for name, size in sizes.items()}
+    arguments |= {f"state_{name}": random.normal(b, taps - 1, size) for name, size in sizes.items()}
+    arguments |= {
+        "z": random.normal(b, length, h * p),
+        "dt": random.normal(b, length, h),
+        "dt_bias": random.normal(h),
+        "A": -random.uniform(0.5, 4.0, h),
+        "D": random.normal(h),
+        "norm": random.normal(h * p),
+        "initial_state": random.normal(b, h, p, n),
+        "segment_ids": _segments(b, length),
+    }
+
+    def call(arrays: Arrays, implementation: str | None) -> Any:
+        conv = {name: (arrays[f"conv_{name}"], arrays[f"bias_{name}"]) for name in sizes}
+        weights = [arrays[name] for name in ("dt_bias", "A", "D", "norm")]
+        return mamba2_op.gated_ssd(
+            mamba2_op.Inputs(*(arrays[name] for name in ("z", "x", "B", "C", "dt"))),
+            mamba2_op.Weights(conv, *weights),
+            mamba2_op.Form(n_groups=g),
+            conv_state={name: arrays[f"state_{name}"] for name in sizes},
+            initial_state=arrays["initial_state"],
+            segment_ids=arrays["segment_ids"],
+            implementation=implementation,
+        )
+
+    return Example("gated_ssd", "packed, state, tiny, float32", mamba2_op.IMPLEMENTATIONS, call, arguments)
 
 
 def _attention() -> Example:

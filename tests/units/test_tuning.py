@@ -182,7 +182,9 @@ def test_tuning_resumes_and_static_evidence_replaces_no_measurement(tmp_path, mo
     monkeypatch.setattr(tune, "question_of", lambda case, chip: QUESTION if case.op == "ssd" else None)
     path, calls = tmp_path / "t.json", []
 
-    def fill(source, again=False, ms=1.0, cases=(CASE, Case("long_conv", {"B": 1, "L": 8, "H": 2}))):
+    cases = (CASE, Case("long_conv", {"B": 1, "L": 8, "H": 2}))
+
+    def fill(source, again=False, ms=1.0):
         calls.clear()
         time = lambda case, blocks: calls.append(1) or ms  # noqa: E731
         return tune.fill(path, cases, "v5e", source, time, again, lambda text: None)
