@@ -25,3 +25,8 @@ class ClassificationExperiment(BaseExperiment):
         self.model.validate()
         self.liftoff.validate()
         super().validate()
+        if self.mesh.sequence_layout != "contiguous":
+            raise ValueError(
+                f"mesh.sequence_layout={self.mesh.sequence_layout!r} balances causal attention; a classifier "
+                "reads whole sequences, use 'contiguous'"
+            )

@@ -176,11 +176,11 @@ class Attention(nnx.Module):
     def _cache_and_piece(self, state: State, before: Array, k: Array, v: Array, ctx: Context) -> list[Source]:
         """What a piece of several tokens sees: the cache as it was, which is segment 1, and itself."""
         batch, length = k.shape[:2]
-        numbers = before[:, None] + jnp.arange(length, dtype=jnp.int32)
+        real = jnp.ones((batch, length), bool) if ctx.segment_ids is None else ctx.segment_ids != 0
+        numbers = before[:, None] + ctx.count(real) - 1
         cached_ids = None
         if ctx.segment_ids is not None:
             # Only tokens of segment 1 see the cache, and before them there is nothing but padding.
-            numbers = before[:, None] + jnp.cumsum(ctx.segment_ids != 0, axis=1, dtype=jnp.int32) - 1
             cached_ids = jnp.ones((batch, state["k"].shape[1]), jnp.int32)
         cache = dataclasses.replace(self._cached(state, before, numbers), kv_segment_ids=cached_ids)
         mask = Mask(causal=True, window=self.config.window)
@@ -194,7 +194,7 @@ class Attention(nnx.Module):
         last = ids.max(axis=1, keepdims=True)
         kept: Bool[Array, "B L"] = (ids == last) & (ids != 0)
         first = jnp.where(last > 1, 0, before[:, None])
-        number = first + jnp.cumsum(kept, axis=1, dtype=jnp.int32) - 1
+        number = first + ctx.count(kept) - 1
         total = first[:, 0] + kept.sum(axis=1, dtype=jnp.int32)
         slot = number
         if self._wraps(slots):

@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from pallas_kernels import time_order
+
 State = Any  # a pytree of arrays; its shapes are fixed by (batch, max_len)
 
 
@@ -34,7 +36,9 @@ class Context:
         key: PRNG key for dropout and the like, or None.
         deterministic: no dropout (static).
         sequence_axis: mesh axis along which time is sharded, or None (static).
-        sequence_layout: order of tokens along that axis, "contiguous" (static; "zigzag" is reserved).
+        sequence_layout: order of the tokens along that axis, "contiguous" or "zigzag" (``time_order``; static).
+            Values, positions and ids have been arranged: a layer that asks what comes before a token by its
+            index, and not through an op, uses :meth:`count`.
     """
 
     positions: Int[Array, "B L"]
@@ -77,6 +81,19 @@ class Context:
         if positions is None:
             positions = positions_in_segments(runs, before)
         return cls(positions=positions, segment_ids=runs, continues=continues, **static)
+
+    def arranged(self, layout: str) -> Context:
+        """This context, made in the order of time, for tokens arranged in ``layout``."""
+        if layout == self.sequence_layout:
+            return self
+        ids = None if self.segment_ids is None else time_order.arrange(self.segment_ids, layout)
+        positions = time_order.arrange(self.positions, layout)
+        return dataclasses.replace(self, positions=positions, segment_ids=ids, sequence_layout=layout)
+
+    def count(self, flags: Bool[Array, "B L"]) -> Int[Array, "B L"]:
+        """How many ``flags`` are set up to each token in time, its own included; int32."""
+        in_time = time_order.restore(flags, self.sequence_layout)
+        return time_order.arrange(jnp.cumsum(in_time, axis=1, dtype=jnp.int32), self.sequence_layout)
 
     def with_key(self, key: Array) -> Context:
         """The same context with another PRNG key."""

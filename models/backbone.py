@@ -17,7 +17,7 @@ from layers.types import Context, State
 from models import pattern as patterns
 from models.config import ClassifierConfig, LMConfig
 from models.registry import KINDS
-from pallas_kernels import spmd
+from pallas_kernels import spmd, time_order
 
 # What the backward pass recomputes, one sub-layer at a time. "none" keeps every intermediate, "dots" keeps
 # the results of matmuls with weights, "full" keeps the residual stream only.
@@ -131,9 +131,10 @@ class Backbone(nnx.Module):
         self, x: Float[Array, "B L D"], state: Sequence[Any] | None, ctx: Context
     ) -> tuple[Float[Array, "B L D"], list[Any] | None]:
         after = []
-        for i, run in enumerate(self.runs):
-            x, run_state = run(x, None if state is None else state[i], ctx)
-            after.append(run_state)
+        with time_order.use(ctx.sequence_layout):
+            for i, run in enumerate(self.runs):
+                x, run_state = run(x, None if state is None else state[i], ctx)
+                after.append(run_state)
         return x, None if state is None else after
 
     def flops_per_token(self, length: int) -> float:

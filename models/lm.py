@@ -15,7 +15,7 @@ from layers.param import Initializer, Linear, normal
 from layers.types import Context, State
 from models.backbone import Backbone
 from models.config import LMConfig
-from pallas_kernels import spmd
+from pallas_kernels import spmd, time_order
 
 
 class LM(nnx.Module):
@@ -64,6 +64,7 @@ class LM(nnx.Module):
         *,
         segment_ids: Int[Array, "B L"] | None = None,
         positions: Int[Array, "B L"] | None = None,
+        sequence_layout: str = "contiguous",
         **static: Any,
     ) -> tuple[Float[Array, "B L D"], State | None, dict[str, Any]]:
         """Final-normed hidden states, the state after the last token, and named intermediates.
@@ -74,6 +75,9 @@ class LM(nnx.Module):
             segment_ids: raw document ids, 0 for padding; equal to the last id of the piece before where a
                 document continues. None: every token is real and continues the row.
             positions: positions in the documents; counted from segment starts and on from the state if None.
+            sequence_layout: order to compute in where time is sharded and ``time_order.usable``. Arguments
+                and results are in the order of time, but for ``out["arranged"]``: the hidden states as they
+                were computed, for who can do with that order and saves the way back.
             static: further fields of ``Context``.
         """
         batch, length = tokens.shape
@@ -88,13 +92,17 @@ class LM(nnx.Module):
             sequence_axis=spmd.SEQUENCE if spmd.sequence_parts() > 1 else None,
             **static,
         )
-        ctx = jax.tree.map(spmd.replicate_time, ctx)
+        ctx = in_time = jax.tree.map(spmd.replicate_time, ctx)
+        layout = time_order.usable(sequence_layout, length)
+        if layout != time_order.CONTIGUOUS:
+            tokens, ctx = time_order.arrange_sharded(tokens, layout), ctx.arranged(layout)
         dtype = jnp.dtype(self.config.dtype)
         x = self.embed(tokens, ctx.positions, dtype).astype(self.config.residual_dtype)
         x, layers = self.backbone(spmd.shard_activations(x), None if state is None else state["layers"], ctx)
-        hidden = self.norm(x, dtype=dtype)
-        after = None if state is None else {"layers": layers, **_last(state, segment_ids, ctx)}
-        return hidden, after, {"residual": x}
+        arranged = self.norm(x, dtype=dtype)
+        hidden, residual = (time_order.restore_sharded(t, layout) for t in (arranged, x))
+        after = None if state is None else {"layers": layers, **_last(state, segment_ids, in_time)}
+        return hidden, after, {"residual": residual, "arranged": arranged}
 
     def logits(self, hidden: Float[Array, "*b D"]) -> Float[Array, "*b V"]:
         """Unnormalised log-probabilities, float32 or wider; ids that only pad the vocabulary get -1e30."""

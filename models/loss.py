@@ -10,12 +10,17 @@ from jaxtyping import Array, Float, Int
 
 from layers.types import State
 from models.lm import LM
+from pallas_kernels import time_order
 
 LOGIT_BYTES = 64 * 2**20  # automatic chunks keep one block of float32 logits below this
 
 
 def token_nll(
-    lm: LM, batch: Mapping[str, Array], state: State | None = None, chunks: int = 0
+    lm: LM,
+    batch: Mapping[str, Array],
+    state: State | None = None,
+    chunks: int = 0,
+    sequence_layout: str = "contiguous",
 ) -> tuple[Float[Array, "B L"], Float[Array, "B L"], State | None]:
     """Nats and log-normaliser of every target of a token batch, float32, and the state carried on.
 
@@ -23,11 +28,19 @@ def token_nll(
         batch: ``tokens``, ``targets``, ``segment_ids`` and ``positions``, int32 [B, L].
         state: what the rows continue; None for nothing, and then none is returned.
         chunks: as for :func:`chunked_cross_entropy`.
+        sequence_layout: order to compute in, as for the model. What is returned is in the order of time.
     """
-    hidden, state, _ = lm(
-        batch["tokens"], state, segment_ids=batch["segment_ids"], positions=batch["positions"]
+    _, state, out = lm(
+        batch["tokens"],
+        state,
+        segment_ids=batch["segment_ids"],
+        positions=batch["positions"],
+        sequence_layout=sequence_layout,
     )
-    nll, log_z = chunked_cross_entropy(lm, hidden, batch["targets"], chunks)
+    layout = time_order.usable(sequence_layout, batch["targets"].shape[1])
+    targets = time_order.arrange_sharded(batch["targets"], layout)
+    losses = chunked_cross_entropy(lm, out["arranged"], targets, chunks)
+    nll, log_z = (time_order.restore_sharded(loss, layout) for loss in losses)
     return nll, log_z, state
 
 

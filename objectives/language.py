@@ -23,11 +23,12 @@ class LanguageModelling:
 
     def __init__(self, config: Experiment, mesh: jax.sharding.Mesh):
         task = config.task
-        meshes.check_batch(mesh, task.batch_size, task.seq_len, config.optim.accumulation)
+        layout = config.mesh.sequence_layout
+        meshes.check_batch(mesh, task.batch_size, task.seq_len, config.optim.accumulation, layout=layout)
         self.config, self.task = config, LMTask(task)
         self.tokens_per_step = task.batch_size * task.seq_len
         for prefix, shape in self.task.shapes.items():
-            meshes.check_batch(mesh, *shape, prefix=prefix)
+            meshes.check_batch(mesh, *shape, prefix=prefix, layout=layout)
         if self.task.vocab_size > config.model.vocab_size:
             raise ValueError(
                 f"model.vocab_size={config.model.vocab_size}, but task.source has ids up to "
@@ -36,7 +37,8 @@ class LanguageModelling:
 
     def loss(self, model: Any, batch: Mapping[str, Any], carry: Carry, key: jax.Array) -> LossAndMore:
         """Nats per target, and ``model.z_loss`` times the squared log-normaliser."""
-        nll, log_z, carry = token_nll(model, batch, carry, self.config.model.loss_chunks)
+        chunks, layout = self.config.model.loss_chunks, self.config.mesh.sequence_layout
+        nll, log_z, carry = token_nll(model, batch, carry, chunks, layout)
         metrics = self.task.metrics({"nll": nll}, batch)
         total, weight = metrics.pop("loss")
         square_log_z = jnp.sum(jnp.square(log_z) * batch["weights"])
@@ -44,7 +46,8 @@ class LanguageModelling:
 
     def metrics(self, model: Any, batch: Mapping[str, Any], carry: Carry) -> dict[str, Mean]:
         """From an empty state, whatever is carried in training."""
-        nll, _, _ = token_nll(model, batch, chunks=self.config.model.loss_chunks)
+        chunks, layout = self.config.model.loss_chunks, self.config.mesh.sequence_layout
+        nll, _, _ = token_nll(model, batch, chunks=chunks, sequence_layout=layout)
         return self.task.metrics({"nll": nll}, batch)
 
     def init_carry(self, model: Any) -> Carry:

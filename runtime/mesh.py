@@ -20,6 +20,7 @@ from runtime.state import WHOLE, TrainState
 
 AXES = ("data", "fsdp", "tensor", "sequence")
 BATCH = ("data", "fsdp")
+PIECES = {"contiguous": 1, "zigzag": 2}  # of time on each device of the sequence axis, by layout
 
 RULES: dict[str, str | None] = {
     "embed": "fsdp",  # the width of the residual stream
@@ -43,12 +44,17 @@ RULES: dict[str, str | None] = {
 
 @dataclasses.dataclass
 class MeshConfig:
-    """Number of devices along each mesh axis; at most one -1, which takes the rest."""
+    """Number of devices along each mesh axis; at most one -1, which takes the rest.
+
+    ``sequence_layout`` is the order of tokens along the sequence axis: "contiguous", or "zigzag", which gives
+    each device an early and a late piece of time, and so equal work in causal attention.
+    """
 
     data: int = -1
     fsdp: int = 1
     tensor: int = 1
     sequence: int = 1
+    sequence_layout: str = "contiguous"
 
 
 @dataclasses.dataclass
@@ -95,8 +101,13 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     On several TPU slices ``data`` is laid across them, so that only its gradient reduction leaves a slice.
 
     Raises:
-        ValueError: the axes do not multiply to the number of devices, or ``data`` to that of slices.
+        ValueError: the axes do not multiply to the number of devices, or ``data`` to that of slices; an unknown
+            ``sequence_layout``.
     """
+    if config.sequence_layout not in PIECES:
+        raise ValueError(
+            f"mesh.sequence_layout={config.sequence_layout!r} is unknown; use one of {sorted(PIECES)}."
+        )
     devices = list(jax.devices() if devices is None else devices)
     shape = mesh_shape(config, len(devices))
     slices = len({getattr(d, "slice_index", 0) for d in devices})
@@ -242,11 +253,19 @@ def carry_shardings(mesh: Mesh, carry: PyTree, carry_axes: PyTree = 0) -> PyTree
     return jax.tree.map(lambda axis, part: jax.tree.map(lambda _: sharding(axis), part), carry_axes, carry)
 
 
-def check_batch(mesh: Mesh, batch_size: int, seq_len: int, microbatches: int = 1, prefix: str = "") -> None:
+def check_batch(
+    mesh: Mesh,
+    batch_size: int,
+    seq_len: int,
+    microbatches: int = 1,
+    prefix: str = "",
+    layout: str = "contiguous",
+) -> None:
     """Raises ValueError, naming the field, unless every device gets equal parts of every microbatch.
 
     Args:
         prefix: of the field names, such as "eval_".
+        layout: ``MeshConfig.sequence_layout``.
     """
     rows = math.prod(mesh.shape[axis] for axis in BATCH)
     unit = rows * microbatches
@@ -257,9 +276,12 @@ def check_batch(mesh: Mesh, batch_size: int, seq_len: int, microbatches: int = 1
             f"optim.accumulation {microbatches}; "
             f"{max(math.ceil(batch_size / unit), 1) * unit} would work."
         )
-    parts = mesh.shape["sequence"]
+    parts, pieces = mesh.shape["sequence"], f"mesh.sequence={mesh.shape['sequence']}"
+    if parts > 1 and PIECES[layout] > 1:
+        parts, pieces = parts * PIECES[layout], f"{parts * PIECES[layout]} = {PIECES[layout]} x {pieces}"
+        pieces += f" (mesh.sequence_layout={layout!r})"
     if seq_len < 1 or seq_len % parts:
         raise ValueError(
-            f"task.{prefix}seq_len={seq_len} must be a multiple of mesh.sequence={parts}; "
+            f"task.{prefix}seq_len={seq_len} must be a multiple of {pieces}; "
             f"{max(math.ceil(seq_len / parts), 1) * parts} would work."
         )

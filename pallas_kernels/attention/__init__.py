@@ -90,7 +90,7 @@ def attention(
     if mesh is not None and run is not reference.attention:
         out, lse = sharded.attention(mesh, run, q, sources, q_segment_ids, scale, bias)
     else:
-        out, lse = run(q, sources, q_segment_ids, scale, bias)
+        out, lse = run(q, sharded.in_time(sources, q.shape[1]), q_segment_ids, scale, bias)
     if not return_lse:
         return out
     assert lse is not None

@@ -27,7 +27,7 @@ from pallas_kernels.attention.sources import MASKED, Alibi, Source, Tokens, may_
 
 @dataclasses.dataclass(frozen=True)
 class Ring:
-    """The mesh axis, its size, how often the keys move on, and the pieces of time that a device's keys are."""
+    """The mesh axis, its size, how often the keys move on, and in how many pieces a device has them."""
 
     axis: str
     size: int
@@ -61,6 +61,7 @@ def attend(
     pieces: int,
     q: Float[Array, "B Lq H E"],
     source: Source,
+    kv_tokens: Tokens,
     q_segment_ids: Int[Array, "B Lq"] | None,
     scale: float,
     bias: Alibi | None,
@@ -71,11 +72,11 @@ def attend(
         axis, size: the mesh axis and its number of devices.
         pieces: of time on each device (``time_order``), for queries and for keys of the same length; keys of
             another length are in contiguous order.
-        source: this device's keys, values and query positions, but ``kv_positions`` and ``kv_segment_ids`` of
-            all devices.
+        source: this device's keys, values and query positions.
+        kv_tokens: positions, or None for indices in time, and segment ids of the keys of all devices.
     """
     keys, mask = source.k.shape[1], source.mask
-    aligned = source.q_positions is None and source.kv_positions is None
+    aligned = source.q_positions is None and kv_tokens.positions is None
     rotations = size - 1
     if aligned and pieces == 1 and mask.causal and mask.window is not None and q.shape[1] == keys:
         rotations = min(rotations, -(-(mask.window - 1) // keys))
@@ -86,7 +87,7 @@ def attend(
     if positional and source.q_positions is None:
         here = jax.lax.axis_index(axis)
         q_tokens = q_tokens._replace(positions=time_order.row_index(here, q.shape[1], size, pieces)[None])
-    kv_tokens = Tokens(source.kv_positions if positional else None, source.kv_segment_ids)
+    kv_tokens = kv_tokens if positional else kv_tokens._replace(positions=None)
     slopes = None if bias is None else jax.lax.stop_gradient(bias.slopes)
     return _attend(spec, ring, q, source.k, source.v, q_tokens, kv_tokens, slopes)
 

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import spmd, time_order
 from pallas_kernels.attention import ring, xla
-from pallas_kernels.attention.sources import Alibi, Source, wide
+from pallas_kernels.attention.sources import Alibi, Source, Tokens, wide
 
 
 def attention(
@@ -46,8 +46,12 @@ def attention(
 
     def device(q, arrays, q_segment_ids, slopes):
         bias = None if slopes is None else Alibi(slopes)
-        own = []
-        for source, fields, pick_head in zip(sources, arrays, shared):
+        own, ring_tokens = [], []
+        for source, fields, pick_head, on_ring in zip(sources, arrays, shared, rings):
+            fields, tokens = dict(fields), Tokens()
+            if on_ring:
+                tokens = Tokens(fields.pop("kv_positions"), fields.pop("kv_segment_ids"))
+            ring_tokens.append(tokens)
             part = Source(**fields, mask=source.mask)
             if pick_head:
                 k, v = _own_kv_head(part.k, parts), _own_kv_head(part.v, parts)
@@ -56,9 +60,10 @@ def attention(
         if time is None:
             return run(q, own, q_segment_ids, scale, bias)
         found = []
-        for source, on_ring in zip(own, rings):
+        for source, tokens, on_ring in zip(own, ring_tokens, rings):
             if on_ring:
-                found.append(ring.attend(time, time_parts, pieces, q, source, q_segment_ids, scale, bias))
+                places = time, time_parts, pieces
+                found.append(ring.attend(*places, q, source, tokens, q_segment_ids, scale, bias))
             else:
                 source = _with_positions(source, q.shape[1], time_parts, pieces)
                 found.append(xla.attend(q, source, q_segment_ids, scale, bias, wide(q)))
@@ -114,3 +119,19 @@ def _with_positions(source: Source, length: int, parts: int, pieces: int) -> Sou
         return source
     positions = time_order.row_index(jax.lax.axis_index(spmd.SEQUENCE), length, parts, pieces)
     return dataclasses.replace(source, q_positions=jnp.tile(positions, (source.k.shape[0], 1)))
+
+
+def in_time(sources: tuple[Source, ...], length: int) -> tuple[Source, ...]:
+    """``sources`` with indices in time written out where the order of time is not that of the arrays."""
+    index = time_order.positions(length)
+    if (index[1:] > index[:-1]).all():
+        return sources
+
+    def place(source: Source) -> Source:
+        keys, batch = source.k.shape[1], source.k.shape[0]
+        whole = jnp.broadcast_to(index, (batch, length))
+        q = whole if source.q_positions is None else source.q_positions
+        own = keys == length and source.kv_length is None and source.kv_positions is None
+        return dataclasses.replace(source, q_positions=q, kv_positions=whole if own else source.kv_positions)
+
+    return tuple(place(source) for source in sources)

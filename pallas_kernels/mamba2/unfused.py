@@ -19,13 +19,13 @@ NAMES = ("x", "B", "C")  # what goes through the convolution
 def gated_ssd(
     inputs: Inputs,
     weights: Weights,
-    conv_state: dict[str, Float[Array, "B K-1 _"] | None],
+    conv_state: dict[str, Float[Array, "B _ _"] | None],
     initial_state: Float[Array, "B H P N"] | None,
     segment_ids: Int[Array, "B L"] | None,
     form: Form,
     *,
     implementation: str | None,
-) -> tuple[Float[Array, "B L E"], dict[str, Float[Array, "B K-1 _"]], Float[Array, "B H P N"]]:
+) -> tuple[Float[Array, "B L E"], dict[str, Float[Array, "B _ _"]], Float[Array, "B H P N"]]:
     """Every op by ``implementation``; each is sharded by itself under a mesh."""
     (batch, length, channels), heads = inputs.x.shape, inputs.dt.shape[2]
     mixed, tails = convolve(inputs, weights, conv_state, segment_ids, NAMES, implementation)
@@ -51,11 +51,11 @@ def gated_ssd(
 def convolve(
     inputs: Inputs,
     weights: Weights,
-    conv_state: dict[str, Float[Array, "B K-1 _"] | None],
+    conv_state: dict[str, Float[Array, "B _ _"] | None],
     segment_ids: Int[Array, "B L"] | None,
     names: tuple[str, ...],
     implementation: str | None,
-) -> tuple[dict[str, Float[Array, "B L _"]], dict[str, Float[Array, "B K-1 _"]]]:
+) -> tuple[dict[str, Float[Array, "B L _"]], dict[str, Float[Array, "B _ _"]]]:
     """Causal convolution and SiLU of the inputs with these names, and the tails they leave."""
     ys, tails = causal_conv1d_together(
         [getattr(inputs, name) for name in names],

@@ -68,6 +68,7 @@ def test_make_mesh_has_auto_axes_and_resolves_the_rest():
         (MeshConfig(data=2, fsdp=2), "the sizes multiply to 4 but there are 8 devices"),
         (MeshConfig(data=-1, fsdp=-1), "at most one -1"),
         (MeshConfig(data=0), "mesh.data=0"),
+        (MeshConfig(sequence_layout="spiral"), "mesh.sequence_layout='spiral' is unknown; use one of"),
     ],
 )
 def test_mesh_that_does_not_fit(config, message):
@@ -172,6 +173,9 @@ def test_batch_goes_over_data_and_fsdp_and_sequence(mesh):
 def test_batch_that_does_not_fit(mesh, batch_size, seq_len, microbatches, message):
     mesh = mesh(2, 2, 1, 2)
     check_batch(mesh, 16, 16, 2)
+    check_batch(mesh, 16, 16, 2, layout="zigzag")
+    with pytest.raises(ValueError, match=r"task.seq_len=14 .* 4 = 2 x mesh.sequence=2 .*zigzag.*; 16 would"):
+        check_batch(mesh, 16, 14, layout="zigzag")
     with pytest.raises(ValueError, match=re.escape(message)):
         check_batch(mesh, batch_size, seq_len, microbatches)
 
