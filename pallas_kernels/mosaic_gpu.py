@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -24,6 +25,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 THREADS = 128  # of one warpgroup
 DEPTH = 2  # tiles in flight
 Carry = TypeVar("Carry")
+Value = Any  # what a kernel computes with: an array over the threads of a block, or a number
+# Matrices of 16 bits in shared memory, as the tensor cores read them: 8 rows of 64 a piece, swizzled.
+OPERAND = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
 
 
 def gpu_call(
@@ -50,7 +54,7 @@ def gpu_call(
     )
     return plgpu.kernel(
         body,
-        out_type=list(out_type),
+        out_type=[jax.ShapeDtypeStruct(t.shape, t.dtype) for t in out_type],
         scratch_types=list(scratch),
         compiler_params=parameters,
         grid=tuple(grid.values()),
@@ -73,21 +77,21 @@ class Tile:
 
     ref: Any
     shape: tuple[int, ...]
-    index: Callable[[jax.Array], tuple]
+    index: Callable[[Value], tuple]
     transforms: tuple = ()
 
     def buffers(self):
         return plgpu.SMEM((DEPTH, *self.shape), self.ref.dtype, transforms=self.transforms)
 
-    def at(self, step: jax.Array):
+    def at(self, step: Value):
         return self.ref.at[self.index(step)]
 
 
 def walk(
-    steps: int | jax.Array,
+    steps: int | Value,
     inputs: Sequence[Tile],
     outputs: Sequence[Tile],
-    body: Callable[[jax.Array, list, list, Carry], Carry],
+    body: Callable[[Value, list, list, Carry], Carry],
     carry: Carry,
 ) -> Carry:
     """Steps in order, each with its tiles in shared memory; copies of other steps go on meanwhile.
@@ -128,7 +132,90 @@ def walk(
     )
 
 
-def zero_row(width: int) -> jax.Array:
-    """Zeros [width] in float32 that lie as a row that was read: width / 128 to a thread."""
-    layout = plgpu.Layout.WG_STRIDED((width,), width // THREADS)
-    return plgpu.layout_cast(jnp.zeros(width, jnp.float32), layout)
+# What a kernel's body is written in. All of it is named here, so that a body can also be run with numpy.
+block = lax.axis_index  # this block's place along an axis of the grid
+when = pl.when
+sigmoid = jax.nn.sigmoid
+transposed = functools.partial(plgpu.transpose_ref, permutation=(1, 0))
+MATRIX = plgpu.Layout.WGMMA  # how the tensor cores leave [64 m, 8 n]
+OF_ROWS, OF_COLUMNS = MATRIX.reduce(1), MATRIX.reduce(0)  # one number for each row, for each column
+
+
+def repeat(count: int, body: Callable[[Value, Carry], Carry], carry: Carry) -> Carry:
+    """``lax.fori_loop`` from 0 with a 32-bit counter."""
+    return lax.fori_loop(jnp.int32(0), jnp.int32(count), body, carry)
+
+
+def load(ref, layout) -> Value:
+    """All of ``ref`` in shared memory, laid over the threads as ``layout``."""
+    return plgpu.layout_cast(ref[...], layout)
+
+
+def load_plain(ref, layout) -> Value:
+    """:func:`load` of memory that is not swizzled, or global, element by element."""
+    index = ((),) if "idx" in inspect.signature(plgpu.load).parameters else ()  # jax 0.10
+    return plgpu.load(ref, *index, layout=layout, optimized=False)
+
+
+def full(shape: tuple[int, ...], value: float, layout) -> Value:
+    return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
+
+
+def zero_row(width: int) -> Value:
+    """Zeros [width] that lie as a row that was read: width / 128 to a thread."""
+    return full((width,), 0.0, plgpu.Layout.WG_STRIDED((width,), width // THREADS))
+
+
+def over_columns(t: Value, columns: int) -> Value:
+    """[M] to [M, columns]: one number for each row, everywhere in it."""
+    return lax.broadcast_in_dim(t, (t.shape[0], columns), (0,))
+
+
+def over_rows(t: Value, rows: int) -> Value:
+    """[N] to [rows, N]: one number for each column, everywhere in it."""
+    return lax.broadcast_in_dim(t, (rows, t.shape[0]), (1,))
+
+
+def not_after(size: int) -> Value:
+    """[size, size]: whether j <= i."""
+    i, j = (plgpu.broadcasted_iota(jnp.int32, (size, size), axis, layout=MATRIX) for axis in (0, 1))
+    return j <= i
+
+
+def matmul(*pairs) -> Value:
+    """The sum of the products a b of pairs in shared memory, [M, K] and [K, N] of 16 bits, in float32."""
+
+    def scoped(total):
+        for a, b in pairs:
+            plgpu.wgmma(total, a, b)
+        return total[...]  # waits
+
+    (a, b), *_ = pairs
+    return pl.run_scoped(scoped, plgpu.ACC((a.shape[0], b.shape[1]), jnp.float32))
+
+
+def operand(rows: int, columns: int, dtype) -> Any:
+    """Room in shared memory for a matrix that the tensor cores read."""
+    return plgpu.SMEM((rows, columns), dtype, transforms=OPERAND)
+
+
+def rows(count: int) -> Any:
+    """Room in shared memory for rows of which each thread has one element."""
+    return plgpu.SMEM((count, THREADS), jnp.float32)
+
+
+def publish() -> None:
+    """What this block wrote to shared memory is there for the tensor cores and the copy engine."""
+    plgpu.commit_smem()
+
+
+def barrier(arrivals: int) -> Any:
+    """For :func:`fetch_now` of so many arrays."""
+    return plgpu.Barrier(num_arrivals=arrivals)
+
+
+def fetch_now(copies: Sequence[tuple[Any, Any]], ready) -> None:
+    """Copy from global to shared memory, and wait."""
+    for source, target in copies:
+        plgpu.copy_gmem_to_smem(source, target, ready)
+    plgpu.barrier_wait(ready)

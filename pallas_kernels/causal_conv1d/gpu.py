@@ -15,13 +15,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import mosaic_gpu
 from pallas_kernels.causal_conv1d import xla
-from pallas_kernels.mosaic_gpu import THREADS, Tile
+from pallas_kernels.mosaic_gpu import THREADS, Tile, Value
 
 TOKENS = 32  # of a tile in shared memory
 TILES = 8  # of a strip
@@ -54,26 +53,9 @@ def causal_conv1d(
     activation: str | None,
     interpret: Any = None,
 ) -> tuple[Float[Array, "B L C"], Float[Array, "B K-1 C"]]:
-    """Same contract as ``xla.causal_conv1d``; y has the dtype of ``x``."""
-    return _convolve(x, weight, bias, initial_state, segment_ids, Config(activation, interpret))
-
-
-class Masks(NamedTuple):
-    seen: jax.Array  # [B, L] inputs before each token that it sees, at most K-1; -1 at padding
-    first: jax.Array  # [B] the first real token: the state stands before it (0 in a row of padding)
-    last: jax.Array  # [B] the last real token (-1 in a row of padding)
-
-
-def _masks(segment_ids: jax.Array, past: int) -> Masks:
-    length = segment_ids.shape[1]
-    time = jnp.arange(length, dtype=jnp.int32)
-    real = segment_ids != 0
-    first = jnp.argmax(real, axis=1).astype(jnp.int32)
-    last = jnp.max(jnp.where(real, time, -1), axis=1)
-    changes = jnp.diff(segment_ids, axis=1, prepend=0) != 0
-    start = lax.cummax(jnp.where(changes, time, 0), axis=1)  # of the run of equal ids
-    seen = jnp.where(start == first[:, None], past, jnp.minimum(time - start, past))
-    return Masks(jnp.where(real, seen, -1), first, last)
+    """Same contract as ``xla.causal_conv1d``."""
+    y = _convolve(x, weight, bias, initial_state, segment_ids, Config(activation, interpret))
+    return y, xla.last_inputs(x, initial_state, segment_ids)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
@@ -82,24 +64,14 @@ def _convolve(x, weight, bias, state, segment_ids, config):
 
 
 def _forward(x, weight, bias, state, segment_ids, config):
-    masks = None if segment_ids is None else _masks(segment_ids, state.shape[1])
-    (y,) = _call(_forward_kernel, config, x, weight, bias, state, masks)
-    x_at, from_x, state_at, from_state = _final_rows(x, state, masks)
-    final = jnp.where(from_x, jnp.take_along_axis(x, x_at, axis=1), 0)
-    final = jnp.where(from_state, jnp.take_along_axis(state.astype(x.dtype), state_at, axis=1), final)
-    return (y, final), (x, weight, bias, state, segment_ids)
+    (y,) = _call(_forward_kernel, config, x, weight, bias, state, segment_ids)
+    return y, (x, weight, bias, state, segment_ids)
 
 
-def _backward(config, residuals, cotangents):
+def _backward(config, residuals, dy):
     x, weight, bias, state, segment_ids = residuals
-    dy, d_final = cotangents
-    masks = None if segment_ids is None else _masks(segment_ids, state.shape[1])
-    dx, d_weight, d_bias = _call(_backward_kernel, config, x, weight, bias, state, masks, dy)
-    x_at, from_x, state_at, from_state = _final_rows(x, state, masks)
-    rows = jnp.arange(x.shape[0])[:, None]
-    dx = dx.at[rows, x_at[..., 0]].add(jnp.where(from_x, d_final, 0))
-    d_state = _state_gradient(x, weight, bias, state, segment_ids, masks, dy, config)
-    d_state = d_state.at[rows, state_at[..., 0]].add(jnp.where(from_state, d_final, 0).astype(state.dtype))
+    dx, d_weight, d_bias = _call(_backward_kernel, config, *residuals, dy)
+    d_state = _state_gradient(*residuals, dy, config)
     sums = (d.sum(axis=(0, 1)).astype(t.dtype) for d, t in ((d_weight, weight), (d_bias, bias)))
     return dx, *sums, d_state, None
 
@@ -107,45 +79,31 @@ def _backward(config, residuals, cotangents):
 _convolve.defvjp(_forward, _backward)
 
 
-def _final_rows(x: jax.Array, state: jax.Array, masks: Masks | None) -> tuple[jax.Array, ...]:
-    """Where the K-1 rows of the final state come from: row of x, whether; row of the state, whether."""
-    batch, length, _ = x.shape
-    past = state.shape[1]
-    if masks is None:
-        first, last, seen = jnp.zeros(batch, jnp.int32), jnp.full(batch, length - 1), jnp.full(batch, past)
-    else:
-        first, last = masks.first, masks.last
-        seen = jnp.take_along_axis(masks.seen, jnp.maximum(last, 0)[:, None], axis=1)[:, 0]
-        seen = jnp.where(last < 0, past, seen)
-    back = jnp.arange(past - 1, -1, -1)  # tokens before the last one
-    at = (last[:, None] - back)[..., None]
-    visible = (back <= seen[:, None])[..., None]
-    before = at < first[:, None, None]
-    state_at = at - first[:, None, None] + past
-    in_state = visible & before & (state_at >= 0)
-    return jnp.maximum(at, 0), visible & ~before, jnp.clip(state_at, 0, max(past - 1, 0)), in_state
+def _first_real(segment_ids: jax.Array) -> jax.Array:
+    """[B]: the state stands before this token (0 in a row of padding)."""
+    return jnp.argmax(segment_ids != 0, axis=1).astype(jnp.int32)
 
 
-def _state_gradient(x, weight, bias, state, segment_ids, masks, dy, config) -> jax.Array:
+def _state_gradient(x, weight, bias, state, segment_ids, dy, config) -> jax.Array:
     """By way of y: only the first K-1 real tokens see the state."""
     length, past = x.shape[1], state.shape[1]
-    if masks is None:
+    if past == 0:
+        return jnp.zeros_like(state)
+    if segment_ids is None:
         x, dy = x[:, :past], dy[:, :past]
     else:
-        at = masks.first[:, None] + jnp.arange(past)
+        at = _first_real(segment_ids)[:, None] + jnp.arange(past)
         inside = jnp.minimum(at, length - 1)
         x, dy = (jnp.take_along_axis(t, inside[..., None], axis=1) for t in (x, dy))
         segment_ids = jnp.where(at < length, jnp.take_along_axis(segment_ids, inside, axis=1), 0)
-    if past == 0:
-        return jnp.zeros_like(state)
 
     def piece(state):
         return xla.causal_conv1d(x, weight, bias, state, segment_ids, config.activation)[0]
 
-    return jax.vjp(piece, state)[1](dy.astype(jnp.float32))[0]
+    return jax.vjp(piece, state)[1](dy)[0]
 
 
-def _call(kernel, config: Config, x, weight, bias, state, masks: Masks | None, dy=None) -> list[jax.Array]:
+def _call(kernel, config: Config, x, weight, bias, state, segment_ids, dy=None) -> list[jax.Array]:
     """The forward kernel, or with ``dy`` the backward one; inputs padded to whole tiles."""
     batch, length, channels = x.shape
     width = THREADS * 4 // x.dtype.itemsize
@@ -156,9 +114,10 @@ def _call(kernel, config: Config, x, weight, bias, state, masks: Masks | None, d
     arrays = {"x": x, "weight": weight, "bias": bias, "state": state}
     if dy is not None:
         arrays["dy"] = dy
-    if masks is not None:
-        arrays["seen"] = jnp.pad(masks.seen, ((0, 0), time), constant_values=-1)
-        arrays["first"] = masks.first
+    if segment_ids is not None:
+        seen = xla.reach(segment_ids, weight.shape[0]) - 1
+        arrays["seen"] = jnp.pad(seen, ((0, 0), time), constant_values=-1)
+        arrays["first"] = _first_real(segment_ids)
     strips = pl.cdiv(x.shape[1], TOKENS * TILES)
     out_type = [jax.ShapeDtypeStruct(x.shape, x.dtype)]
     if dy is not None:
@@ -187,8 +146,8 @@ class Block:
 
     def __init__(self, refs: dict[str, Any], width: int, taps: int):
         self.refs, self.taps, self.width = refs, taps, width
-        self.row, self.strip = lax.axis_index("row"), lax.axis_index("strip")
-        self.channels = pl.ds(lax.axis_index("channels") * width, width)
+        self.row, self.strip = mosaic_gpu.block("row"), mosaic_gpu.block("strip")
+        self.channels = pl.ds(mosaic_gpu.block("channels") * width, width)
         self.length = refs["x"].shape[1]
         self.start = self.strip * (TILES * TOKENS)
         self.tiles = jnp.minimum(TILES, self.length // TOKENS - self.strip * TILES)
@@ -198,7 +157,7 @@ class Block:
         self.bias = refs["bias"][0, self.channels]
         self.state = tuple(self.read("state", k) for k in range(taps - 1))
 
-    def read(self, name: str, t) -> jax.Array:
+    def read(self, name: str, t) -> Value:
         """Token ``t`` of x, dy or the state, from global memory."""
         return self.refs[name][self.row, t, self.channels].astype(jnp.float32)
 
@@ -210,7 +169,7 @@ class Block:
 
         return Tile(ref, (TOKENS, self.width)[: len(ref.shape) - 1], index)
 
-    def past(self) -> tuple[jax.Array, ...]:
+    def past(self) -> tuple[Value, ...]:
         """The K-1 inputs before the strip; those before the first real token are the state."""
         inputs = []
         for t in range(1 - self.taps, 0):
@@ -220,25 +179,21 @@ class Block:
             inputs.append(jnp.where(t < self.first, self.read("state", in_state), token))
         return tuple(inputs)
 
-    def window(self, t, past, x_t, seen) -> tuple[jax.Array, ...]:
+    def window(self, t, past, x_t, seen) -> tuple[Value, ...]:
         """The K inputs at token ``t``, the oldest first."""
         if seen is not None:
             past = tuple(jnp.where(t == self.first, s, p) for s, p in zip(self.state, past))
         return *past, x_t
 
-    def before_activation(self, window, seen) -> jax.Array:
+    def before_activation(self, window, seen) -> Value:
         total = self.bias
         for k, (w, x) in enumerate(zip(self.weight, window)):
-            total += w * self.visible(k, seen, x)
+            total = total + w * self.visible(k, seen, x)
         return total
 
-    def visible(self, k: int, seen, value: jax.Array) -> jax.Array:
+    def visible(self, k: int, seen, value: Value) -> Value:
         """``value`` of tap k, 0 where the token does not see that far back."""
         return value if seen is None else jnp.where(seen >= self.taps - 1 - k, value, 0.0)
-
-
-def _each_token(body, carry):
-    return lax.fori_loop(jnp.int32(0), jnp.int32(TOKENS), body, carry)
 
 
 def _forward_kernel(block: Block, config: Config, y) -> None:
@@ -248,12 +203,12 @@ def _forward_kernel(block: Block, config: Config, y) -> None:
             seen = inputs[1][i] if block.masked else None
             window = block.window(t, past, inputs[0][i].astype(jnp.float32), seen)
             value = block.before_activation(window, seen)
-            value = value * jax.nn.sigmoid(value) if config.activation == "silu" else value
+            value = value * mosaic_gpu.sigmoid(value) if config.activation == "silu" else value
             value = value if seen is None else jnp.where(seen >= 0, value, 0.0)
             outputs[0][i] = value.astype(y.dtype)
             return window[1:]
 
-        return _each_token(one_token, past)
+        return mosaic_gpu.repeat(TOKENS, one_token, past)
 
     sources = [block.refs["x"], *([block.refs["seen"]] if block.masked else [])]
     mosaic_gpu.walk(
@@ -264,10 +219,10 @@ def _forward_kernel(block: Block, config: Config, y) -> None:
 class Sums(NamedTuple):
     """Carried through the backward."""
 
-    past: tuple[jax.Array, ...]  # K-1 inputs
-    pending: tuple[jax.Array, ...]  # gradients of the last K-1 inputs, as far as later tokens have added
-    weight: tuple[jax.Array, ...]
-    bias: jax.Array
+    past: tuple[Value, ...]  # K-1 inputs
+    pending: tuple[Value, ...]  # gradients of the last K-1 inputs, as far as later tokens have added
+    weight: tuple[Value, ...]
+    bias: Value
 
 
 def _backward_kernel(block: Block, config: Config, dx, d_weight, d_bias) -> None:
@@ -278,14 +233,14 @@ def _backward_kernel(block: Block, config: Config, dx, d_weight, d_bias) -> None
         d = dy_t
         if config.activation == "silu":
             value = block.before_activation(window, seen)
-            sigmoid = jax.nn.sigmoid(value)
+            sigmoid = mosaic_gpu.sigmoid(value)
             d = d * sigmoid * (1.0 + value * (1.0 - sigmoid))
         d = d if seen is None else jnp.where(seen >= 0, d, 0.0)
         of_inputs = [p + block.visible(k, seen, block.weight[k] * d) for k, p in enumerate(sums.pending)]
         of_inputs.append(block.weight[-1] * d)
         done = t - (block.taps - 1)
 
-        @pl.when(done >= block.start)
+        @mosaic_gpu.when(done >= block.start)
         def _():
             value = jnp.where(done >= block.first, of_inputs[0], 0.0)  # before: of the state, or padding
             dx[block.row, done, block.channels] = value.astype(dx.dtype)
@@ -301,7 +256,7 @@ def _backward_kernel(block: Block, config: Config, dx, d_weight, d_bias) -> None
             seen = inputs[2][i] if block.masked else None
             return add_token(block.start + n * TOKENS + i, x_t, dy_t, seen, sums)
 
-        return _each_token(one_token, sums)
+        return mosaic_gpu.repeat(TOKENS, one_token, sums)
 
     zero = mosaic_gpu.zero_row(block.width)
     sums = Sums(block.past(), (zero,) * (block.taps - 1), (zero,) * block.taps, zero)

@@ -14,15 +14,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Inexact
 
 from pallas_kernels import mosaic_gpu
-from pallas_kernels.mosaic_gpu import THREADS, Tile
+from pallas_kernels.mosaic_gpu import THREADS, Tile, Value
 
 TOKENS = 32  # of a tile: a, b and h, real, twice, take 96 KiB of shared memory
-Parts = tuple[jax.Array, ...]  # of a number: (real,) or (real, imaginary)
+Parts = tuple[Value, ...]  # of a number: (real,) or (real, imaginary)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,7 +122,7 @@ def _parts(t: jax.Array) -> Parts:
 
 def _kernel(config: Config, constant: bool, size: int, *refs) -> None:
     a, b, state, h = (refs[i : i + size] for i in range(0, 4 * size, size))
-    row, channels = lax.axis_index("row"), pl.ds(lax.axis_index("channels") * THREADS, THREADS)
+    row, channels = mosaic_gpu.block("row"), pl.ds(mosaic_gpu.block("channels") * THREADS, THREADS)
     tiles = b[0].shape[1] // config.tokens
 
     def tile(ref) -> Tile:
@@ -146,7 +145,7 @@ def _kernel(config: Config, constant: bool, size: int, *refs) -> None:
                 ref[i] = part
             return h_t
 
-        return lax.fori_loop(jnp.int32(0), jnp.int32(config.tokens), one_token, carry)
+        return mosaic_gpu.repeat(config.tokens, one_token, carry)
 
     sources = [*b, *(() if constant else a)]
     start = tuple(ref[row, channels] for ref in state)

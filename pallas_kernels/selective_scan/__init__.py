@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Inexact, Int
 
 from pallas_kernels import spmd
-from pallas_kernels.dispatch import resolve
+from pallas_kernels.dispatch import Kernel, resolve
 from pallas_kernels.segments import reset_runs
-from pallas_kernels.selective_scan import reference, sharded, xla
+from pallas_kernels.selective_scan import gpu, reference, sharded, xla
 
-IMPLEMENTATIONS = {"reference": reference.selective_scan, "xla": xla.selective_scan}
+IMPLEMENTATIONS: dict[str, Callable | Kernel] = {
+    "reference": reference.selective_scan,
+    "xla": xla.selective_scan,
+    "pallas_gpu": Kernel(gpu.selective_scan, gpu.unsupported, "cuda"),
+}
 MAX_ELEMENTS = 2**31 - 1
 
 

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels import spmd
 from pallas_kernels.dispatch import Kernel, resolve
 from pallas_kernels.segments import reset_runs
-from pallas_kernels.ssd import reference, sharded, tpu, xla
+from pallas_kernels.ssd import gpu, reference, sharded, tpu, xla
 from pallas_kernels.ssd.unfused import default_chunk, unfused
 
 IMPLEMENTATIONS: dict[str, Callable | Kernel] = {
@@ -22,6 +22,7 @@ IMPLEMENTATIONS: dict[str, Callable | Kernel] = {
     "interpret": Kernel(
         functools.partial(tpu.ssd, interpret=True), functools.partial(tpu.unsupported, interpret=True)
     ),
+    "pallas_gpu": Kernel(gpu.ssd, gpu.unsupported, "cuda"),
 }
 MAX_ELEMENTS = 2**31 - 1
 
