@@ -5,16 +5,25 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping
 
+import jax
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels import spmd
 from pallas_kernels.dispatch import Kernel, resolve
-from pallas_kernels.mamba2 import unfused
+from pallas_kernels.mamba2 import tpu, unfused
 from pallas_kernels.mamba2.form import Form, Inputs, Weights
 
 __all__ = ["Form", "Inputs", "Weights", "gated_ssd"]
 
 IMPLEMENTATIONS: dict[str, Callable | Kernel] = {
-    name: functools.partial(unfused.gated_ssd, implementation=name) for name in ("reference", "xla")
+    "reference": functools.partial(unfused.gated_ssd, implementation="reference"),
+    "xla": functools.partial(unfused.gated_ssd, implementation="xla"),
+    "pallas_tpu": Kernel(tpu.gated_ssd, tpu.unsupported, "tpu", automatic=True),
+    "interpret": Kernel(
+        functools.partial(tpu.gated_ssd, interpret=True), functools.partial(tpu.unsupported, interpret=True)
+    ),
+    "pallas_gpu": functools.partial(unfused.gated_ssd, implementation="pallas_gpu"),
 }
 NOTHING: dict[str, None] = {"x": None, "B": None, "C": None}
 
@@ -24,11 +33,11 @@ def gated_ssd(
     weights: Weights,
     form: Form,
     *,
-    conv_state: Mapping[str, Float[Array, "B K-1 _"] | None] | None = None,
+    conv_state: Mapping[str, Float[Array, "B _ _"] | None] | None = None,
     initial_state: Float[Array, "B H P N"] | None = None,
     segment_ids: Int[Array, "B L"] | None = None,
     implementation: str | None = None,
-) -> tuple[Float[Array, "B L E"], dict[str, Float[Array, "B K-1 _"]], Float[Array, "B H P N"]]:
+) -> tuple[Float[Array, "B L E"], dict[str, Float[Array, "B _ _"]], Float[Array, "B H P N"]]:
     """y = norm(SSD(silu(conv(x, B, C)), softplus(dt + bias)) * silu(z)); without a norm, what it is of.
 
     Args:
@@ -37,7 +46,11 @@ def gated_ssd(
         initial_state: state of the SSD before the first real token; zero when None.
         segment_ids: 0 is padding, which changes nothing and whose output is 0; any other change of id resets
             the convolution and the state. None means neither.
-        implementation: "reference", "xla", or None to choose.
+        implementation: "reference", "xla", "pallas_tpu", "interpret", "pallas_gpu" (a kernel for each op), or
+            None to choose.
+
+    Under an active mesh rows are split over (data, fsdp); if heads or time are split too, the ops run one by
+    one, each sharded by itself.
 
     Returns:
         y in the dtype of ``inputs.x``; the new ``conv_state`` ("x", "B", "C"); the final state, float32 or
@@ -47,8 +60,37 @@ def gated_ssd(
         ValueError: sizes that do not fit together; what ``causal_conv1d`` and ``ssd`` raise.
     """
     _check(inputs, weights, form)
-    run = resolve("gated_ssd", implementation, IMPLEMENTATIONS)
-    return run(inputs, weights, dict(conv_state or NOTHING), initial_state, segment_ids, form)
+    args = (inputs, weights, dict(conv_state or NOTHING), initial_state, segment_ids, form)
+    # Where nothing fused can run, each op of the chain chooses for itself.
+    each = functools.partial(unfused.gated_ssd, implementation=implementation)
+    mesh = spmd.active_mesh()
+    if mesh is not None:
+        alone = mesh.shape[spmd.TENSOR] == mesh.shape[spmd.SEQUENCE] == 1
+        batch = spmd.axes_dividing(mesh, spmd.BATCH, inputs.x.shape[0])
+        return _over_rows(implementation, mesh, batch, args) if alone and batch else each(*args)
+    fused = tpu.unsupported(*args) is None
+    return resolve("gated_ssd", implementation, IMPLEMENTATIONS | ({} if fused else {"xla": each}))(*args)
+
+
+def _over_rows(implementation: str | None, mesh, batch, args):
+    """Every device its own rows."""
+    inputs, weights, conv_state, initial_state, segment_ids, form = args
+    rows, whole = PartitionSpec(batch), PartitionSpec()
+
+    def device(inputs, weights, conv_state, initial_state, segment_ids):
+        return gated_ssd(
+            inputs,
+            weights,
+            form,
+            conv_state=conv_state,
+            initial_state=initial_state,
+            segment_ids=segment_ids,
+            implementation=implementation,
+        )
+
+    return jax.shard_map(
+        device, mesh=mesh, in_specs=(rows, whole, rows, rows, rows), out_specs=rows, check_vma=False
+    )(inputs, weights, conv_state, initial_state, segment_ids)
 
 
 def _check(inputs: Inputs, weights: Weights, form: Form) -> None:
