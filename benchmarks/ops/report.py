@@ -54,12 +54,12 @@ def results(plan: Plan, found: Found, machine: Row, peak: Peak | None, evidence:
         "plan": dataclasses.asdict(plan),
         "records": records,
         "left_out": found.left_out,
-        "static": [_with_bound(e) for e in evidence],
+        "static": [with_bound(e) for e in evidence],
         "targets": targets(records),
     }
 
 
-def _with_bound(e: Evidence) -> Row:
+def with_bound(e: Evidence) -> Row:
     bound = PEAKS[e.chip].bound(Case(e.op, e.shape, e.dtype).work(e.what))
     return dataclasses.asdict(e) | {"bound_ms": 1e3 * bound.seconds, "bound_by": bound.by}
 
