@@ -133,7 +133,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         chips = []
     with console.status("") as status:
         evidence = gather(chips, chosen, given.quick, status.update)
-    found = {
+    found: Row = {
         "benchmark": "roofline",
         "machine": machine.describe(),
         "method": report.STATIC,

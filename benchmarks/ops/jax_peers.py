@@ -52,4 +52,4 @@ def attention(arrays: Arrays, shape: dict[str, int]) -> jax.Array:
 
 def long_conv(arrays: Arrays, shape: dict[str, int]) -> jax.Array:
     u, k = arrays["u"], arrays["k"].T[None]
-    return jax.scipy.signal.fftconvolve(u, k, axes=1)[:, : u.shape[1]].astype(u.dtype)
+    return jax.scipy.signal.fftconvolve(u, k, axes=(1,))[:, : u.shape[1]].astype(u.dtype)

@@ -120,7 +120,7 @@ def _compiled(
     """Bytes and VMEM."""
     function, args = program(dataclasses.asdict(case), implementation, what, chip, forced or {})
     compiled = aot.compile_for(chip, function, *args)
-    lines = (line for line in compiled.as_text().splitlines() if '"tpu_custom_call"' in line)
+    lines = (line for line in (compiled.as_text() or "").splitlines() if '"tpu_custom_call"' in line)
     vmem = [int(size) for line in lines for size in _VMEM.findall(line)]
     moved = sum(row.bytes for row in hlo_bytes.count(function, compiled, *args))
     return {"bytes": moved, "bytes_ms": 1e3 * moved / PEAKS[chip].bytes, "vmem": max(vmem, default=None)}
