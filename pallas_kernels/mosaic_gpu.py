@@ -35,7 +35,7 @@ def gpu_call(
     *,
     name: str,
     grid: Mapping[str, int],
-    out_type: Sequence[jax.ShapeDtypeStruct],
+    out_type: Sequence,
     scratch: Sequence = (),
     private_rows: bool = False,
     interpret: Any = None,
@@ -45,6 +45,7 @@ def gpu_call(
     Args:
         body: of references to inputs, outputs and ``scratch``; finds its place by ``lax.axis_index(axis)``.
         grid: axis name to number of blocks.
+        out_type: what the outputs are like: anything with a shape and a dtype.
         private_rows: no thread reads shared memory that another thread wrote, so that stores need no barriers
             around them. (Copies have their own.)
         interpret: None, or parameters of the simulation.
