@@ -127,8 +127,8 @@ class Mamba2(nnx.Module):
         before = ctx.carried(state) or {"conv": {"x": None, "B": None, "C": None}, "ssm": None}
         y, tails, final = gated_ssd(
             Inputs(z=self.in_z(x), dt=self.in_dt(x), x=self.in_x(x), B=self.in_B(x), C=self.in_C(x)),
-            self._weights(),
-            self._form(x.shape[1]),
+            self.weights(),
+            self.form(x.shape[1]),
             conv_state=before["conv"],
             initial_state=before["ssm"],
             segment_ids=ctx.segment_ids,
@@ -139,7 +139,8 @@ class Mamba2(nnx.Module):
         after = {"conv": tails, "ssm": final}
         return self.out(y), jax.tree.map(lambda new, old: new.astype(old.dtype), after, state)
 
-    def _weights(self) -> Weights:
+    def weights(self) -> Weights:
+        """What the op takes besides the projections."""
         return Weights(
             conv={name: (conv.weight[...], conv.bias_or_none()) for name, conv in self.conv.items()},
             dt_bias=self.dt_bias[...],
@@ -148,7 +149,8 @@ class Mamba2(nnx.Module):
             norm=None if self.norm is None else self.norm.scale[...],
         )
 
-    def _form(self, length: int) -> Form:
+    def form(self, length: int) -> Form:
+        """What is static in a call of the op on ``length`` tokens."""
         c = self.config
         low, high = c.dt_limit
         if c.prefill_dt_min is not None and length > 1:
