@@ -77,13 +77,12 @@ def test_a_pallas_call_counts_the_blocks_it_fetches():
     (call,) = hlo_bytes.pallas_calls(jax.make_jaxpr(jax.jit(run))(*args).jaxpr)
     block = 8 * 128 * 4
     assert call == ("scaled", ((32, 384), (8, 384), (32, 384)), (12 * block, 12 * block, 12 * block))
-    line = '  ROOT %scaled.1 = f32[32,384]{1,0:T(8,128)} custom-call(%x, %w), custom_call_target="tpu_custom_call"'
-    program = f"""
-ENTRY %main (x: f32[32,384], w: f32[8,384]) -> f32[32,384] {{
-  %x = f32[32,384]{{1,0:T(8,128)}} parameter(0)
-  %w = f32[8,384]{{1,0:T(8,128)S(1)}} parameter(1)
-{line}
-}}
+    program = """
+ENTRY %main (x: f32[32,384], w: f32[8,384]) -> f32[32,384] {
+  %x = f32[32,384]{1,0:T(8,128)} parameter(0)
+  %w = f32[8,384]{1,0:T(8,128)S(1)} parameter(1)
+  ROOT %scaled.1 = f32[32,384]{1,0:T(8,128)} custom-call(%x, %w), custom_call_target="tpu_custom_call"
+}
 """
     assert [row.bytes for row in hlo_bytes.count(run, program, *args)] == [24 * block]
     with pytest.raises(ValueError, match=r"Pallas call scaled.1 with buffers .* is not in the trace"):
