@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -11,11 +12,13 @@ from jaxtyping import Array, Float, Inexact, Int
 from pallas_kernels import spmd
 from pallas_kernels.dispatch import Kernel, resolve
 from pallas_kernels.segments import reset_runs
-from pallas_kernels.selective_scan import gpu, reference, sharded, xla
+from pallas_kernels.selective_scan import gpu, reference, sharded, tpu, xla
 
 IMPLEMENTATIONS: dict[str, Callable | Kernel] = {
     "reference": reference.selective_scan,
     "xla": xla.selective_scan,
+    "pallas_tpu": Kernel(tpu.selective_scan, tpu.unsupported, "tpu", automatic=True),
+    "interpret": Kernel(functools.partial(tpu.selective_scan, interpret=True), tpu.unsupported),
     "pallas_gpu": Kernel(gpu.selective_scan, gpu.unsupported, "cuda"),
 }
 MAX_ELEMENTS = 2**31 - 1
@@ -46,7 +49,7 @@ def selective_scan(
         initial_state: state before the first real token, of whose segment it is; zero when None.
         segment_ids: 0 is padding: it writes nothing, its output is 0, and the state passes it unchanged.
             Any other change of id resets the state. None means no padding and no resets (and no masks).
-        implementation: "reference", "xla", or None to choose.
+        implementation: "reference", "xla", "pallas_tpu", "interpret", or None to choose.
 
     Under an active mesh (``spmd.active_mesh``) batch is split over (data, fsdp), channels over tensor, time
     over sequence, with one all-gather of (decay, own final state) a call.
