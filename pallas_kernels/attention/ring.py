@@ -8,7 +8,7 @@ is one array. Tiles that the mask rules out (the future, beyond the window) are 
 
 In contiguous order a causal mask leaves device 0 waiting in every step but one while the last device computes
 in all; in zigzag order (``time_order``) all have the same number of tiles to compute, in every step. A window
-ends the journey early in contiguous order, which then is balanced as well.
+ends the journey early; in zigzag order the keys then take another way (``zigzag.py``).
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels import time_order
 from pallas_kernels.attention import xla
 from pallas_kernels.attention.sources import MASKED, Alibi, Source, Tokens, may_meet, wide
+from pallas_kernels.attention.zigzag import Path
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,17 +35,20 @@ class Ring:
     rotations: int
     pieces: int
 
-    def send(self, x: Array, by: int = 1) -> Array:
-        """Every device's ``x`` goes ``by`` places to the right."""
-        pairs = [(i, (i + by) % self.size) for i in range(self.size)]
-        return jax.lax.ppermute(x, self.axis, pairs)
+    def send(self, x: Array) -> Array:
+        """Every device's ``x`` goes to its right neighbour."""
+        return self._shift(x, 1)
 
-    def source_of(self, step: Array | int) -> Array:
-        """Whose keys a device holds after ``step`` rotations."""
-        return (jax.lax.axis_index(self.axis) - step) % self.size
+    def home(self, x: Array) -> Array:
+        """Back by all rotations at once."""
+        return self._shift(x, -self.rotations)
 
-    def tokens(self, whole: Tokens, positional: bool, device: Array, length: int) -> Tokens:
-        """Those of the ``length`` keys of ``device``. Positions that are not given are indices in time."""
+    def tokens(self, whole: Tokens, positional: bool, step: Array | int, length: int) -> Tokens:
+        """Those of the ``length`` keys that a device holds after ``step`` rotations.
+
+        Positions that are not given are indices in time.
+        """
+        device = (jax.lax.axis_index(self.axis) - step) % self.size
 
         def part(x: Array) -> Array:
             return jax.lax.dynamic_slice_in_dim(x, device * length, length, axis=1)
@@ -53,6 +57,10 @@ class Ring:
         if not positional or own.positions is not None:
             return own
         return own._replace(positions=time_order.row_index(device, length, self.size, self.pieces)[None])
+
+    def _shift(self, x: Array, by: int) -> Array:
+        pairs = [(i, (i + by) % self.size) for i in range(self.size)]
+        return jax.lax.ppermute(x, self.axis, pairs)
 
 
 def attend(
@@ -75,21 +83,29 @@ def attend(
         source: this device's keys, values and query positions.
         kv_tokens: positions, or None for indices in time, and segment ids of the keys of all devices.
     """
-    keys, mask = source.k.shape[1], source.mask
-    aligned = source.q_positions is None and kv_tokens.positions is None
-    rotations = size - 1
-    if aligned and pieces == 1 and mask.causal and mask.window is not None and q.shape[1] == keys:
-        rotations = min(rotations, -(-(mask.window - 1) // keys))
-    ring = Ring(axis, size, rotations, pieces if q.shape[1] == keys else 1)
+    mask, length = source.mask, q.shape[1]
     spec = xla.Spec(mask, scale, aligned=False, out_dtype=wide(q), block=xla.BLOCK)
     positional = mask.positional or bias is not None
-    q_tokens = Tokens(source.q_positions if positional else None, q_segment_ids)
-    if positional and source.q_positions is None:
-        here = jax.lax.axis_index(axis)
-        q_tokens = q_tokens._replace(positions=time_order.row_index(here, q.shape[1], size, pieces)[None])
+    q_positions = source.q_positions if positional else None
+    if positional and q_positions is None:
+        q_positions = time_order.row_index(jax.lax.axis_index(axis), length, size, pieces)[None]
     kv_tokens = kv_tokens if positional else kv_tokens._replace(positions=None)
     slopes = None if bias is None else jax.lax.stop_gradient(bias.slopes)
-    return _attend(spec, ring, q, source.k, source.v, q_tokens, kv_tokens, slopes)
+
+    aligned = source.q_positions is None and kv_tokens.positions is None and length == source.k.shape[1]
+    steps = size - 1
+    if aligned and mask.causal and mask.window is not None:
+        reach = -(-(mask.window - 1) * pieces // length)
+        if pieces == 2 and reach < steps:
+            path = Path(axis, size, reach, q.shape[0])
+            q_tokens = Tokens(jnp.repeat(q_positions, q.shape[0], axis=0), q_segment_ids)
+            split = functools.partial(time_order.split, pieces=pieces)
+            given = jax.tree.map(split, (q, source.k, source.v, q_tokens))
+            out, lse = _attend(spec, path, *given, kv_tokens, slopes)
+            return time_order.join(out, pieces), time_order.join(lse.swapaxes(1, 2), pieces).swapaxes(1, 2)
+        steps = min(steps, reach) if pieces == 1 else steps
+    ring = Ring(axis, size, steps, pieces if length == source.k.shape[1] else 1)
+    return _attend(spec, ring, q, source.k, source.v, Tokens(q_positions, q_segment_ids), kv_tokens, slopes)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -113,7 +129,7 @@ def _attend_bwd(spec, ring, residuals, cotangents):
 _attend.defvjp(_attend_fwd, _attend_bwd)
 
 
-def _forward(spec, ring: Ring, q, k, v, q_tokens: Tokens, kv_tokens: Tokens, slopes):
+def _forward(spec, ring: Ring | Path, q, k, v, q_tokens, kv_tokens, slopes):
     def add(step, packed, so_far):
         """The share of the keys that arrived after ``step`` rotations."""
         tokens = _arrived(ring, step, q_tokens, kv_tokens, packed.shape[1])
@@ -134,7 +150,9 @@ def _forward(spec, ring: Ring, q, k, v, q_tokens: Tokens, kv_tokens: Tokens, slo
     return add(ring.rotations, packed, so_far)
 
 
-def _backward(spec, ring: Ring, q, k, v, q_tokens: Tokens, kv_tokens: Tokens, slopes, lse, d_out, delta):
+def _backward(
+    spec, ring: Ring | Path, q, k, v, q_tokens: Tokens, kv_tokens: Tokens, slopes, lse, d_out, delta
+):
     def add(step, packed, sums):
         tokens = _arrived(ring, step, q_tokens, kv_tokens, packed.shape[1])
         k, v = jnp.split(packed, 2, axis=-1)
@@ -154,12 +172,12 @@ def _backward(spec, ring: Ring, q, k, v, q_tokens: Tokens, kv_tokens: Tokens, sl
     start = (packed, tuple(jnp.zeros(x.shape, lse.dtype) for x in (q, packed)))
     packed, sums = jax.lax.fori_loop(0, ring.rotations, step, start)
     dq, d_packed = add(ring.rotations, packed, sums)
-    return dq, *jnp.split(ring.send(d_packed, by=-ring.rotations), 2, axis=-1)
+    return dq, *jnp.split(ring.home(d_packed), 2, axis=-1)
 
 
-def _arrived(ring: Ring, step, q_tokens: Tokens, kv_tokens: Tokens, length: int) -> Tokens:
+def _arrived(ring: Ring | Path, step, q_tokens: Tokens, kv_tokens: Tokens, length: int) -> Tokens:
     """The key tokens that a device holds after ``step`` rotations."""
-    return ring.tokens(kv_tokens, q_tokens.positions is not None, ring.source_of(step), length)
+    return ring.tokens(kv_tokens, q_tokens.positions is not None, step, length)
 
 
 def _meet(spec: xla.Spec, q_tokens: Tokens, kv_tokens: Tokens) -> Array:

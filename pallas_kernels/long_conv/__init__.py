@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
 from pallas_kernels import spmd
 from pallas_kernels.dispatch import resolve
-from pallas_kernels.long_conv import reference, xla
+from pallas_kernels.long_conv import reference, sharded, xla
 
 IMPLEMENTATIONS = {"reference": reference.long_conv, "xla": xla.long_conv}
 MAX_ELEMENTS = 2**31 - 1
@@ -35,8 +36,9 @@ def long_conv(
         skip: weight of the current token.
         implementation: "reference", "xla" (FFT), or None to choose.
 
-    Under an active mesh batch is split over (data, fsdp) and H over tensor. Time is gathered where it is
-    sharded: use ``lti_ssm`` there.
+    Under an active mesh batch is split over (data, fsdp) and H over tensor; where time is sharded, H is split
+    over sequence too while the op runs, with an all-to-all of u and one of y. A recurrence that has the same
+    kernel sends less: ``lti_ssm``.
 
     Returns:
         y in the dtype of ``u``; differentiable in every float input.
@@ -61,15 +63,8 @@ def long_conv(
         return run(*cast).astype(u.dtype)
 
     mesh = spmd.active_mesh()
-    if mesh is None:
-        y = local(u, forward, backward)
-    else:
-        batch = spmd.axes_dividing(mesh, spmd.BATCH, u.shape[0])
-        heads = spmd.axes_dividing(mesh, spmd.TENSOR, u.shape[2])
-        by_token, by_kernel = PartitionSpec(batch, None, heads), PartitionSpec(heads)
-        y = jax.shard_map(
-            local, mesh=mesh, in_specs=(by_token, by_kernel, by_kernel), out_specs=by_token, check_vma=False
-        )(u, forward, backward)
+    run_local = local if mesh is None else functools.partial(sharded.long_conv, local, mesh)
+    y = run_local(u, forward, backward)
     return y if skip is None else y + (skip.astype(dtype) * u).astype(y.dtype)
 
 

@@ -14,6 +14,7 @@ from pallas_kernels.attention.sources import Tokens
 from pallas_kernels.attention.tiling import Tiling
 from pallas_kernels.causal_conv1d import causal_conv1d
 from pallas_kernels.linear_scan import linear_scan
+from pallas_kernels.long_conv import long_conv
 from pallas_kernels.lti_ssm import lti_ssm, lti_ssm_dense
 from pallas_kernels.selective_scan import selective_scan
 from pallas_kernels.ssd import ssd
@@ -106,6 +107,7 @@ def inputs_of(name, length):
             "C": normal(4, b, length, 2),
             "state": normal(6, b, 4, 2),
         },
+        "long_conv": lambda: {"x": normal(0, b, length, PARTS), "kernel": normal(1, 2, PARTS, 12)},
         "linear_scan": lambda: {
             "x": normal(0, b, length, 4),
             "B": normal(1, b, length, 4),
@@ -144,6 +146,10 @@ def inputs_of(name, length):
 
 # run(inputs, segment_ids) -> y by token, and the final state (of attention the log-sum-exps by token).
 OPS = {
+    "long_conv": lambda t, ids: (
+        long_conv(t["x"], t["kernel"], bidirectional=True) * (ids != 0)[..., None],
+        jnp.zeros(()),
+    ),
     "ssd": _ssd,
     "selective_scan": _selective,
     "linear_scan": _linear,
@@ -165,7 +171,10 @@ EXPECTED = {
     "lti_ssm": {"all-gather": 2, "reduce-scatter": 2},
     "lti_ssm_dense": {"all-gather": 1, "reduce-scatter": 1},
     "attention": {"collective-permute": 4},
+    "attention_window": {"collective-permute": 8},
+    "long_conv": {"all-to-all": 4},
 }
+GROWING = {"attention", "attention_window", "long_conv"}  # keys on the ring, and a kernel as long as the row
 
 
 def program(name):
@@ -252,7 +261,7 @@ def test_zigzag_is_unsharded(name, eight, reference, monkeypatch):
             counts, size = collectives(compiled)
             counts.pop("all-reduce")
             assert counts == EXPECTED[name]
-        if name in EXPECTED and name != "attention":
+        if name in EXPECTED and name not in GROWING:
             longer = on_mesh(arranged(name, "zigzag", 2 * LENGTH), 2 * LENGTH)
             counts, size_of_longer = collectives(program(name).lower(*longer).compile())
             counts.pop("all-reduce")
