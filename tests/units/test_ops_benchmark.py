@@ -121,7 +121,8 @@ def test_an_earlier_commit_is_what_gets_imported(tmp_path):
     commit = against.resolve("HEAD", tmp_path)
     with against.checkout(commit, tmp_path) as folder:
         code = "import pallas_kernels, pathlib, sys; from benchmarks.ops import against;"
-        code += "against.use(pathlib.Path(sys.argv[1])); import pallas_kernels; print(pallas_kernels.THIS)"
+        code += "against.use(pathlib.Path(sys.argv[1])); import pallas_kernels; import benchmarks.ops.cases;"
+        code += "print(pallas_kernels.THIS)"
         command = [sys.executable, "-c", code, str(folder)]
         done = subprocess.run(command, cwd=against.ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == "then\n"
