@@ -66,12 +66,12 @@ def selective_scan(
         return _pad(t, 1, -length % TOKENS) if t.ndim == 4 else by_channel(t.T, 1)
 
     runs = jnp.zeros(x.shape[:2], jnp.int32) if runs is None else runs
-    keep = (jnp.diff(runs, axis=1, prepend=0) == 0).astype(jnp.float32)
+    resets = _pad((jnp.diff(runs, axis=1, prepend=0) != 0).astype(jnp.float32), 1, -length % TOKENS)
     x, dt = (_pad(by_channel(t, 2), 1, -length % TOKENS) for t in (x, dt.astype(jnp.float32)))
     A = by_channel(_pad(A.astype(jnp.float32), 1, states).T, 1)
     state = by_channel(_pad(initial_state, 2, states).swapaxes(1, 2), 2)
     # N times, because a copy of 128 / N tokens of one number each would be too short.
-    keep = jnp.repeat(_pad(keep, 1, -length % TOKENS)[..., None], A.shape[0], axis=2)
+    keep = jnp.repeat(1 - resets[..., None], A.shape[0], axis=2)
     y, final = _scan(x, dt, A, by_state(B), by_state(C), state, keep, interpret)
 
     def back(t):

@@ -87,7 +87,7 @@ def test_causal_conv1d(monkeypatch, length, width, packed):
 def test_selective_scan(constant):
     runs = None if constant else reset_runs(jnp.asarray(SEGMENTS[:, :40]))
     shape, d_state = (4, 40, 6), 5
-    B, C = (normal(6, 5), normal(6, 5)) if constant else (normal(4, 40, 3, 5), normal(4, 40, 2, 5))
+    B, C = (normal(6, 5), normal(6, 5)) if constant else normal(2, 4, 40, 3, 5)
     args = normal(*shape), jax.nn.softplus(normal(*shape)), -jnp.exp(normal(6, d_state)), B, C
     assert_equal(
         lambda *args: selective_gpu.selective_scan(*args, runs),
