@@ -70,8 +70,8 @@ def _forward(x, weight, bias, state, segment_ids, config):
 
 def _backward(config, residuals, dy):
     x, weight, bias, state, segment_ids = residuals
-    dx, d_weight, d_bias = _call(_backward_kernel, config, *residuals, dy)
-    d_state = _state_gradient(*residuals, dy, config)
+    dx, d_weight, d_bias = _call(_backward_kernel, config, x, weight, bias, state, segment_ids, dy)
+    d_state = _state_gradient(x, weight, bias, state, segment_ids, dy, config)
     sums = (d.sum(axis=(0, 1)).astype(t.dtype) for d, t in ((d_weight, weight), (d_bias, bias)))
     return dx, *sums, d_state, None
 
@@ -121,8 +121,8 @@ def _call(kernel, config: Config, x, weight, bias, state, segment_ids, dy=None) 
     strips = pl.cdiv(x.shape[1], TOKENS * TILES)
     out_type = [jax.ShapeDtypeStruct(x.shape, x.dtype)]
     if dy is not None:
-        sums = (batch, strips, weight.shape[0], x.shape[2])
-        out_type += [jax.ShapeDtypeStruct(s, jnp.float32) for s in (sums, (*sums[:2], 1, sums[3]))]
+        for rows in (weight.shape[0], 1):
+            out_type.append(jax.ShapeDtypeStruct((batch, strips, rows, x.shape[2]), jnp.float32))
     names = tuple(arrays)
 
     def body(*refs):
@@ -172,8 +172,8 @@ class Block:
     def past(self) -> tuple[Value, ...]:
         """The K-1 inputs before the strip; those before the first real token are the state."""
         inputs = []
-        for t in range(1 - self.taps, 0):
-            t = self.start + t
+        for back in range(self.taps - 1, 0, -1):
+            t = self.start - back
             in_state = jnp.clip(t - self.first + self.taps - 1, 0, self.taps - 2)
             token = self.read("x", jnp.maximum(t, 0))
             inputs.append(jnp.where(t < self.first, self.read("state", in_state), token))

@@ -104,7 +104,7 @@ def _call(a, b, state, config: Config) -> jax.Array:
     operands = [_parts(t) for t in (a, b, state)]
     size = len(operands[1])
     out = jax.ShapeDtypeStruct(b.shape, jnp.float32)
-    h = mosaic_gpu.gpu_call(
+    planes = mosaic_gpu.gpu_call(
         functools.partial(_kernel, config, constant, size),
         name="linear_scan",
         grid={"channels": b.shape[2] // THREADS, "row": batch},
@@ -112,7 +112,7 @@ def _call(a, b, state, config: Config) -> jax.Array:
         private_rows=True,
         interpret=config.interpret,
     )(*(part for parts in operands for part in parts))
-    h = h[0] if size == 1 else jax.lax.complex(h[0], h[1])
+    h = planes[0] if size == 1 else jax.lax.complex(*planes)
     return h[:, :length, :channels]
 
 

@@ -54,8 +54,8 @@ def decays(log_decay: jax.Array, runs: jax.Array | None) -> Decays:
         start = jnp.where(here == before, start, -jnp.inf)
         end = jnp.where(here == here[..., -1:], end, -jnp.inf)
         runs = (here - before).reshape(batch, length).astype(jnp.float32)
-    flat = (t.reshape(batch, heads, length) for t in (alpha, jnp.exp(start), jnp.exp(end)))
-    return Decays(*flat, runs)
+    alpha, start, end = (t.reshape(batch, heads, length) for t in (alpha, jnp.exp(start), jnp.exp(end)))
+    return Decays(alpha, start, end, runs)
 
 
 def within(alpha, runs=None) -> Value:
