@@ -246,14 +246,13 @@ def _call(equation) -> Call:
 
 def _fetched(block, grid: np.ndarray, aval) -> int:
     """Bytes of a block times how often it changes along the grid, its first fetch included."""
-    maps = block.index_map_jaxpr
-    indices = jax.vmap(lambda point: jax.core.eval_jaxpr(maps.jaxpr, maps.consts, *point))(
-        grid.astype(np.int32)
-    )
-    indices = (
-        np.stack([np.broadcast_to(np.asarray(t), len(grid)) for t in indices], -1) if indices else grid[:, :0]
-    )
-    changes = 1 + int(np.any(indices[1:] != indices[:-1], axis=-1).sum())
-    sizes = [getattr(n, "block_size", n) for n in block.block_shape]
-    sizes = [n if isinstance(n, int) else 1 for n in sizes]
+    index_map = block.index_map_jaxpr
+
+    def index(point):
+        return jax.core.eval_jaxpr(index_map.jaxpr, index_map.consts, *point)
+
+    columns = [np.broadcast_to(t, len(grid)) for t in map(np.asarray, jax.vmap(index)(grid.astype(np.int32)))]
+    changed = [column[1:] != column[:-1] for column in columns]
+    changes = 1 + int(np.any(changed, axis=0).sum())
+    sizes = (getattr(n, "block_size", 1) for n in block.block_shape)  # a squeezed axis has none
     return changes * math.prod(sizes) * aval.dtype.itemsize

@@ -22,7 +22,7 @@ from layers.mamba2 import Mamba2, Mamba2Config
 from pallas_kernels.mamba2 import Inputs, gated_ssd, unfused
 from runtime import aot
 
-NOTHING = {"x": None, "B": None, "C": None}
+NOTHING: dict[str, jax.Array | None] = {"x": None, "B": None, "C": None}
 
 
 def chain(inputs, weights, form, *, implementation: str | None):
@@ -74,6 +74,7 @@ def _bytes(chip: str, function: Callable, train: bool, *args) -> int:
 
         args = (cotangents, *args)
     text = aot.compile_for(chip, function, *args).as_text()
+    assert text is not None
     return sum(row.bytes for row in hlo_bytes.count(function, text, *args))
 
 

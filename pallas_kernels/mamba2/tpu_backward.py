@@ -8,6 +8,8 @@ kept: there is one step more than chunks. The cotangents behind the chunk are ke
 from __future__ import annotations
 
 import functools
+import types
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -31,22 +33,16 @@ from pallas_kernels.ssd.tpu_backward import chunk_gradients, sum_channels, sum_p
 from pallas_kernels.ssd.tpu_chunk import by_head, decays
 from pallas_kernels.ssd.tpu_forward import write_output
 
-INPUTS = ("first", "x", "z", "d_out", "columns", "past", "scale", "log_decay", "B", "C", "D", "starts")
-INPUTS += ("d_final", "overlap")
+INPUTS: tuple[str, ...] = ("first", "x", "z", "d_out", "columns", "past", "scale", "log_decay", "B", "C", "D")
+INPUTS += ("starts", "d_final", "overlap")
 OUTPUTS = ("dx", "dz", "d_columns", "d_past", "d_scale", "d_log_decay", "dB", "dC", "dD", "d_initial")
 SCRATCH = ("now", "before", "mixed", "raw", "y", "d", "after", "reach_after", "sums", "dR", "carried")
 
 
-class _Refs:
-    """The kernel's references by name; ``None`` for inputs that a call has not."""
-
-    def __init__(self, names: tuple[str, ...], refs):
-        self.inverse = self.pull = self.reach = self.counts = None
-        self.__dict__.update(zip(names, refs, strict=True))
-
-
 def _kernel(*refs, setup: Setup):
-    ref = _Refs(_input_names(setup) + OUTPUTS + SCRATCH, refs)
+    named = dict.fromkeys(("inverse", "pull", "reach", "counts"))
+    names = _input_names(setup) + OUTPUTS + SCRATCH
+    ref: Any = types.SimpleNamespace(**named | dict(zip(names, refs, strict=True)))
     step, first = pl.program_id(2), ref.first[pl.program_id(0)]
 
     @pl.when(step == 0)
@@ -68,7 +64,7 @@ def _kernel(*refs, setup: Setup):
             ref.d_columns[:, k : k + 1] = jnp.sum(ref.sums[k], axis=1, keepdims=True)
 
 
-def _chunk(ref: _Refs, setup: Setup, chunk, first) -> None:
+def _chunk(ref: Any, setup: Setup, chunk, first) -> None:
     plan, start = setup.plan, chunk * setup.plan.chunk
     reach = None if ref.reach is None else conv.for_strip(ref.reach[...], ref.x)
     near = near_past(first, start, setup)
@@ -103,7 +99,7 @@ def _chunk(ref: _Refs, setup: Setup, chunk, first) -> None:
         ref.reach_after[...] = reach_both[:, :LANES]
 
 
-def _gate(ref: _Refs, setup: Setup, reach, rows) -> None:
+def _gate(ref: Any, setup: Setup, reach, rows) -> None:
     """Cotangents of y, into ``ref.d``, and of z, of a strip; the sum for the norm's weight."""
     y, d_out = ref.y[rows, :], ref.d_out[rows, :].astype(jnp.float32)
     silu, slope = silu_and_slope(ref.z[rows, :].astype(jnp.float32))
@@ -118,7 +114,7 @@ def _gate(ref: _Refs, setup: Setup, reach, rows) -> None:
     ref.dz[rows, :] = (d_gated * y * slope).astype(ref.dz.dtype)
 
 
-def _unmix(ref: _Refs, setup: Setup, reach, reach_both, near, first, start, rows) -> None:
+def _unmix(ref: Any, setup: Setup, reach, reach_both, near, first, start, rows) -> None:
     """From the cotangent of the convolved x to that of x, of a strip; the sums for taps and bias."""
     width, columns = setup.width, ref.columns[rows, :]
     _, slope = silu_and_slope(ref.raw[rows, :])
@@ -131,7 +127,7 @@ def _unmix(ref: _Refs, setup: Setup, reach, reach_both, near, first, start, rows
     ref.after[rows, :] = both[:, :LANES]
 
     @pl.when(near)
-    def _():
+    def add_d_past():
         ref.d_past[rows, :] += conv.d_past(both, reach_both, columns, width, first, start)
 
 
@@ -211,9 +207,10 @@ def _specs(setup: Setup) -> dict[str, pl.BlockSpec]:
     """Every array a step late, but x."""
 
     def late(spec: pl.BlockSpec) -> pl.BlockSpec:
-        if spec.index_map is None:
+        index = spec.index_map
+        if index is None:
             return spec
-        return pl.BlockSpec(spec.block_shape, lambda b, h, s: spec.index_map(b, h, jnp.maximum(s - 1, 0)))
+        return pl.BlockSpec(spec.block_shape, lambda b, h, s: index(b, h, jnp.maximum(s - 1, 0)))
 
     plan = setup.plan
     ahead = pl.BlockSpec(

@@ -42,15 +42,15 @@ def _kernel(
     C_ref,
     D_ref,
     initial_ref,
-    *refs,
+    *others,
     setup: Setup,
     save: bool,
 ):
-    refs = list(refs)
+    refs = list(others)
     plan, step = setup.plan, pl.program_id(2)
     reach = conv.for_strip(refs.pop(0)[...], x_ref) if plan.packed else None
     counts = refs.pop(0)[...] if plan.packed else None
-    gated_ref, squares_ref, final_ref, *refs = refs
+    gated_ref, squares_ref, final_ref = (refs.pop(0) for _ in range(3))
     starts_ref = refs.pop(0) if save else None
     state_ref, before_ref, now_ref, mixed_ref, y_ref, sums_ref = refs
     start, first = step * plan.chunk, first_ref[pl.program_id(0)]
