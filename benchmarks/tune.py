@@ -57,7 +57,10 @@ def search(case: Case, question: Question, time: Time, note: Callable[[str], Non
         for sizes in [{**best, name: value} for value in values if value != best[name]]:
             try:
                 ms = time(case, sizes)
-            except Exception as error:  # too large for the chip's memory, or refused by the kernel
+            except (
+                RuntimeError,
+                ValueError,
+            ) as error:  # too large for the chip's memory, or refused by the kernel
                 note(f"{case}: {sizes} left out: {static.short(error)}")
                 continue
             note(f"{case}: {sizes} {ms:.4g} ms")
@@ -130,7 +133,7 @@ def fill(
             continue
         try:
             blocks, ms = search(case, question, time, note)
-        except Exception as error:
+        except (RuntimeError, ValueError) as error:
             note(f"{case} for {chip}: not even the default blocks compile: {static.short(error)}")
             continue
         entry = Entry(chip, case.op, shape, question.dtype, blocks, source, today, round(ms, 4))

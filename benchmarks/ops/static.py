@@ -75,11 +75,12 @@ def evidence(case: Case, chip: str, implementation: str) -> list[Evidence]:
     found = []
     for what in WHAT:
         try:
-            numbers = _compiled(case, chip, implementation, what)
+            numbers: dict[str, Any] = {}
             if implementation == KERNEL:
                 numbers["cycles"], numbers["kernel_ms"] = cycles(case, chip, what=what)
+            numbers |= _compiled(case, chip, implementation, what)
             found.append(Evidence(*fields, what, implementation, **numbers))
-        except Exception as error:
+        except (RuntimeError, ValueError) as error:
             found.append(Evidence(*fields, what, implementation, error=short(error)))
     return found
 
@@ -120,9 +121,10 @@ def _compiled(
     """Bytes and VMEM."""
     function, args = program(dataclasses.asdict(case), implementation, what, chip, forced or {})
     compiled = aot.compile_for(chip, function, *args)
-    lines = (line for line in (compiled.as_text() or "").splitlines() if '"tpu_custom_call"' in line)
+    text = compiled.as_text() or ""
+    lines = (line for line in text.splitlines() if '"tpu_custom_call"' in line)
     vmem = [int(size) for line in lines for size in _VMEM.findall(line)]
-    moved = sum(row.bytes for row in hlo_bytes.count(function, compiled, *args))
+    moved = sum(row.bytes for row in hlo_bytes.count(function, text, *args))
     return {"bytes": moved, "bytes_ms": 1e3 * moved / PEAKS[chip].bytes, "vmem": max(vmem, default=None)}
 
 
