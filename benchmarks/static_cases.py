@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -21,16 +22,18 @@ def ssd(
     dtype: str = "bfloat16",
     packed: bool = False,
     backward: bool = False,
+    chunk_size: int | None = None,
     **blocks: int,
 ) -> tuple[Callable, tuple]:
     """SSD of Mamba-2 (2.7B by default), or its gradient; ``blocks`` are block sizes of the kernels."""
 
     def run(x, dt, A, B, C, D, ids):
         with tuning.forced("ssd", blocks):
-            return ssd_op(x, dt, A, B, C, D, segment_ids=ids, implementation="pallas_tpu")
+            op = functools.partial(ssd_op, chunk_size=chunk_size, implementation="pallas_tpu")
+            return op(x, dt, A, B, C, D, segment_ids=ids)
 
     def gradient(ids, cotangents, *inputs):
-        return jax.vjp(lambda *inputs: run(*inputs, ids), *inputs)[1](cotangents)
+        return jax.vjp(lambda *inputs: run(*inputs, ids=ids), *inputs)[1](cotangents)
 
     def of(*shape: int, dtype=jnp.float32) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype)

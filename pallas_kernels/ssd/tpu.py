@@ -21,7 +21,10 @@ from pallas_kernels.ssd.tpu_chunk import Plan
 from pallas_kernels.ssd.tpu_forward import forward
 from pallas_kernels.ssd.unfused import unfused
 
-ROWS = 2560  # channels a grid step at most
+# What a grid step holds in fast memory grows with K P (N + Q): at most this by choice, and half as much again
+# where one head alone needs it.
+STEP_SIZE = 40 * 64 * (128 + 128)
+MAX_CHUNK = 512
 OPERANDS = (jnp.float32, jnp.bfloat16)
 
 
@@ -72,19 +75,29 @@ def unsupported(
             return f"{name} is {t.dtype}, and the kernels take float32 and bfloat16; cast it to one of them"
     if state.dtype != jnp.float32:
         return f"the state is {state.dtype}, and the kernels carry it in float32; give dt and A in float32"
-    ragged = chunk_size is not None and chunk_size % mosaic.LANES and chunk_size < x.shape[1]
-    if ragged and not interpret:
+    if interpret:
+        return None
+    chunk = min(chunk_size or mosaic.LANES, x.shape[1])
+    if chunk > MAX_CHUNK:
+        return f"chunk_size = {chunk_size} is above {MAX_CHUNK}, what fast memory holds; use 128 or None"
+    if chunk < x.shape[1] and chunk % mosaic.LANES:
+        return f"chunk_size = {chunk_size} is not a multiple of {mosaic.LANES} lanes; use 128 or None"
+    headdim, d_state = state.shape[2:]
+    if headdim * (d_state + chunk) > 1.5 * STEP_SIZE:
         return (
-            f"chunk_size = {chunk_size} is not a multiple of {mosaic.LANES}, a tile of lanes; use 128 or None"
+            f"a head of P = {headdim} channels and N = {d_state} states fills fast memory; split P into heads"
         )
     return None
 
 
-def default_blocks(heads_per_group: int, headdim: int) -> dict[str, int]:
-    """Chunk and heads a grid step: as many as divide a group and keep the blocks of a step in fast memory."""
-    fitting = (k for k in range(heads_per_group, 0, -1) if heads_per_group % k == 0)
-    block = next((k for k in fitting if k * headdim <= ROWS), 1)
-    return {"chunk": mosaic.LANES, "heads": block, "heads_backward": block}
+def default_blocks(heads_per_group: int, headdim: int, d_state: int, chunk: int) -> dict[str, int]:
+    """Chunk and heads a grid step: as many heads as ``STEP_SIZE`` allows."""
+    heads = largest_divisor(heads_per_group, STEP_SIZE // (headdim * (d_state + chunk)))
+    return {"chunk": chunk, "heads": heads, "heads_backward": heads}
+
+
+def largest_divisor(n: int, at_most: int) -> int:
+    return next((k for k in range(min(n, at_most), 0, -1) if n % k == 0), 1)
 
 
 def make_plan(
@@ -94,7 +107,8 @@ def make_plan(
     groups, d_state = B[2:]
     headdim += -headdim % mosaic.SUBLANES
     shape = {"B": batch, "L": length, "H": heads, "P": headdim, "N": d_state, "G": groups}
-    blocks = tuning.blocks("ssd", shape, operand, default_blocks(heads // groups, headdim))
+    default = default_blocks(heads // groups, headdim, d_state, chunk_size or mosaic.LANES)
+    blocks = tuning.blocks("ssd", shape, operand, default)
     tile = 1 if interpret else mosaic.LANES
     chunk = min(chunk_size or blocks["chunk"], length + -length % tile)
     chunk += -chunk % tile
@@ -106,8 +120,8 @@ def make_plan(
         groups=groups,
         d_state=d_state,
         chunk=chunk,
-        block=blocks["heads"],
-        backward_block=blocks["heads_backward"],
+        block=largest_divisor(heads // groups, blocks["heads"]),
+        backward_block=largest_divisor(heads // groups, blocks["heads_backward"]),
         packed=packed,
         interpret=interpret,
     )

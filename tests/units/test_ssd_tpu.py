@@ -141,8 +141,11 @@ def test_runs_by_itself_where_the_program_is_for_tpu():
 
 def test_what_is_unsupported_is_told():
     args = inputs(300)
-    with pytest.raises(ValueError, match="chunk_size = 64 is not a multiple of 128.*use 128 or None"):
+    with pytest.raises(ValueError, match="chunk_size = 64 is not a multiple of 128 lanes; use 128 or None"):
         ssd(**args, chunk_size=64, implementation="pallas_tpu")
+    wide = jax.eval_shape(functools.partial(inputs, 300, headdim=4096, d_state=512))
+    with pytest.raises(ValueError, match="a head of P = 4096 channels and N = 512 states fills fast memory"):
+        jax.eval_shape(functools.partial(ssd, implementation="pallas_tpu"), **wide)
     with pytest.raises(ValueError, match="B is float16, and the kernels take float32 and bfloat16"):
         ssd(**args | {"B": args["B"].astype(jnp.float16)}, implementation="interpret")
     parts = (args[name] for name in ("x", "dt", "B", "C"))

@@ -1,4 +1,4 @@
-"""The SSD kernels through the real TPU compiler, on a host without one: they fit every chip, and their cost."""
+"""The SSD kernels through the TPU compiler, on a host without a TPU: they fit every chip, and their cost."""
 
 import pytest
 
