@@ -27,13 +27,13 @@ def ssd(
 ) -> tuple[Callable, tuple]:
     """SSD of Mamba-2 (2.7B by default), or its gradient; ``blocks`` are block sizes of the kernels."""
 
-    def run(x, dt, A, B, C, D, ids):
+    def run(ids, x, dt, A, B, C, D):
         with tuning.forced("ssd", blocks):
             op = functools.partial(ssd_op, chunk_size=chunk_size, implementation="pallas_tpu")
             return op(x, dt, A, B, C, D, segment_ids=ids)
 
     def gradient(ids, cotangents, *inputs):
-        return jax.vjp(lambda *inputs: run(*inputs, ids=ids), *inputs)[1](cotangents)
+        return jax.vjp(functools.partial(run, ids), *inputs)[1](cotangents)
 
     def of(*shape: int, dtype=jnp.float32) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype)
@@ -43,5 +43,5 @@ def ssd(
     inputs = (x, of(batch, length, heads), of(heads), B, B, of(heads))
     ids = of(batch, length, dtype=jnp.int32) if packed else None
     if not backward:
-        return run, (*inputs, ids)
+        return run, (ids, *inputs)
     return gradient, (ids, (x, of(batch, heads, headdim, d_state)), *inputs)
