@@ -75,8 +75,9 @@ def _named(op: str, name: str, choice: Callable | Kernel) -> Callable:
             raise ValueError(f"{op}: implementation={name!r} cannot run this call: {reason}. Or use 'xla'.")
         if choice.platform is None:
             return choice.run(*args)
-        first, *rest = args
-        return choice.run(_only_on(first, op=op, name=name, platform=choice.platform), *rest)
+        marked = next(i for i, arg in enumerate(args) if isinstance(arg, jax.Array))
+        own = _only_on(args[marked], op=op, name=name, platform=choice.platform)
+        return choice.run(*args[:marked], own, *args[marked + 1 :])
 
     return run
 

@@ -1,25 +1,35 @@
 """Softmax attention of queries over one or several key sources, in one softmax.
 
-``reference`` is dense and the truth; ``xla`` is blockwise with memory O(L) and the default everywhere;
-``cudnn`` is NVIDIA's fused kernel behind ``jax.nn.dot_product_attention``, by name only: it has not been run
-on hardware here, and cannot be traced on a machine without a GPU. Under a mesh, batch, heads and time are
-sharded and time goes around a ring (``sharded.py``).
+``reference`` is dense and the truth. ``xla`` and ``pallas_tpu`` are blockwise with memory O(L)
+(``blockwise.py``), and None takes the one for the platform. ``cudnn`` is NVIDIA's fused kernel behind
+``jax.nn.dot_product_attention``, by name only: it has not been run on hardware here, and cannot be traced on
+a machine without a GPU. Under a mesh, batch, heads and time are sharded and time goes around a ring
+(``sharded.py``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Literal, overload
 
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import dispatch, spmd
-from pallas_kernels.attention import cudnn, reference, sharded, xla
+from pallas_kernels.attention import blockwise, cudnn, reference, sharded
 from pallas_kernels.attention.sources import MASKED, Alibi, Mask, Source
+from pallas_kernels.dispatch import Kernel
 
 __all__ = ["MASKED", "Alibi", "Mask", "Source", "attention"]
 
-IMPLEMENTATIONS = {"reference": reference.attention, "xla": xla.attention, "cudnn": cudnn.attention}
+_named = {name: functools.partial(blockwise.attention, implementation=name) for name in blockwise.FORWARD}
+IMPLEMENTATIONS: dict[str, Callable | Kernel] = {
+    "reference": reference.attention,
+    "xla": _named["xla"],
+    "pallas_tpu": Kernel(_named["pallas_tpu"], blockwise.unsupported, "tpu", automatic=True),
+    "interpret": Kernel(_named["interpret"], blockwise.unsupported),
+    "cudnn": cudnn.attention,
+}
 INDEX_LIMIT = 2**31 - 1  # positions and slots are int32
 
 
@@ -68,7 +78,7 @@ def attention(
         softmax_scale: of the logits; E ** -0.5 when None.
         bias: added to the logits in closed form.
         return_lse: also return the log-sum-exp of the logits, float32.
-        implementation: None, "xla", "reference" or "cudnn".
+        implementation: "reference", "xla", "pallas_tpu", "interpret", "cudnn", or None to choose.
 
     Returns:
         The output in the dtype of ``q`` (and the log-sum-exp). A query that sees no key gives 0, and a
@@ -85,10 +95,10 @@ def attention(
     if run is cudnn.attention and (problem := cudnn.unsupported(q, sources, q_segment_ids, bias, return_lse)):
         if implementation is not None:
             raise ValueError(f"attention: implementation='cudnn' cannot run this call: {problem}. Use 'xla'.")
-        run = xla.attention
+        run = _named["xla"]
     mesh = spmd.active_mesh()
     if mesh is not None and run is not reference.attention:
-        out, lse = sharded.attention(mesh, run, q, sources, q_segment_ids, scale, bias)
+        out, lse = sharded.attention(mesh, run, q, sources, q_segment_ids, scale, bias, implementation)
     else:
         out, lse = run(q, sharded.in_time(sources, q.shape[1]), q_segment_ids, scale, bias)
     if not return_lse:

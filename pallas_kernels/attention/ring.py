@@ -21,8 +21,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import time_order
-from pallas_kernels.attention import xla
+from pallas_kernels.attention import blockwise
 from pallas_kernels.attention.sources import MASKED, Alibi, Source, Tokens, may_meet, wide
+from pallas_kernels.attention.xla import Spec
 from pallas_kernels.attention.zigzag import Path
 
 
@@ -73,6 +74,7 @@ def attend(
     q_segment_ids: Int[Array, "B Lq"] | None,
     scale: float,
     bias: Alibi | None,
+    implementation: str | None,
 ) -> tuple[Float[Array, "B Lq H E"], Float[Array, "B H Lq"]]:
     """Attention of this device's queries over the keys of all devices: float32 output and log-sum-exp.
 
@@ -84,7 +86,7 @@ def attend(
         kv_tokens: positions, or None for indices in time, and segment ids of the keys of all devices.
     """
     mask, length = source.mask, q.shape[1]
-    spec = xla.Spec(mask, scale, aligned=False, out_dtype=wide(q), block=xla.BLOCK)
+    spec = Spec(mask, scale, aligned=False, out_dtype=wide(q), implementation=implementation)
     positional = mask.positional or bias is not None
     q_positions = source.q_positions if positional else None
     if positional and q_positions is None:
@@ -98,6 +100,7 @@ def attend(
         reach = -(-(mask.window - 1) * pieces // length)
         if pieces == 2 and reach < steps:
             path = Path(axis, size, reach, q.shape[0])
+            assert q_positions is not None
             q_tokens = Tokens(jnp.repeat(q_positions, q.shape[0], axis=0), q_segment_ids)
             split = functools.partial(time_order.split, pieces=pieces)
             given = jax.tree.map(split, (q, source.k, source.v, q_tokens))
@@ -121,7 +124,7 @@ def _attend_fwd(spec, ring, *given):
 def _attend_bwd(spec, ring, residuals, cotangents):
     q, k, v, q_tokens, kv_tokens, slopes, out, lse = residuals
     d_out, d_lse = cotangents
-    delta = xla.row_delta(out, d_out, d_lse)
+    delta = blockwise.row_delta(out, d_out, d_lse)
     dq, dk, dv = _backward(spec, ring, q, k, v, q_tokens, kv_tokens, slopes, lse, d_out, delta)
     return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None, None, None
 
@@ -136,7 +139,7 @@ def _forward(spec, ring: Ring | Path, q, k, v, q_tokens, kv_tokens, slopes):
         k, v = jnp.split(packed, 2, axis=-1)
 
         def share(out, lse):
-            return xla.merge(out, lse, *xla.forward(spec, q, k, v, q_tokens, tokens, slopes))
+            return blockwise.merge(out, lse, *blockwise.forward(spec, q, k, v, q_tokens, tokens, slopes))
 
         return jax.lax.cond(_meet(spec, q_tokens, tokens), share, lambda *so_far: so_far, *so_far)
 
@@ -158,7 +161,7 @@ def _backward(
         k, v = jnp.split(packed, 2, axis=-1)
 
         def share(dq, d_packed):
-            dq_part, dk, dv = xla.backward(spec, q, k, v, q_tokens, tokens, slopes, lse, d_out, delta)
+            dq_part, dk, dv = blockwise.backward(spec, q, k, v, q_tokens, tokens, slopes, lse, d_out, delta)
             return dq + dq_part, d_packed + jnp.concatenate([dk, dv], axis=-1)
 
         return jax.lax.cond(_meet(spec, q_tokens, tokens), share, lambda *sums: sums, *sums)
@@ -180,7 +183,7 @@ def _arrived(ring: Ring | Path, step, q_tokens: Tokens, kv_tokens: Tokens, lengt
     return ring.tokens(kv_tokens, q_tokens.positions is not None, step, length)
 
 
-def _meet(spec: xla.Spec, q_tokens: Tokens, kv_tokens: Tokens) -> Array:
+def _meet(spec: Spec, q_tokens: Tokens, kv_tokens: Tokens) -> Array:
     """Whether any of this device's queries sees any of these keys."""
     blocks = (jax.tree.map(lambda x: x[:, None], tokens) for tokens in (q_tokens, kv_tokens))
     return may_meet(spec.mask, *blocks).any()

@@ -17,7 +17,7 @@ from jax.sharding import AbstractMesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import spmd, time_order
-from pallas_kernels.attention import ring, xla
+from pallas_kernels.attention import blockwise, cudnn, ring
 from pallas_kernels.attention.sources import Alibi, Source, Tokens, wide
 
 
@@ -29,18 +29,22 @@ def attention(
     q_segment_ids: Int[Array, "B Lq"] | None,
     scale: float,
     bias: Alibi | None,
+    implementation: str | None,
 ) -> tuple[Float[Array, "B Lq H E"], Float[Array, "B H Lq"] | None]:
     """Same contract as the reference. ``run`` computes what one device holds in full.
 
     Raises:
         ValueError: the tensor axis divides neither the heads nor is a multiple of the key heads; ``run`` is
-            not "xla" and time is sharded.
+            "cudnn" and time is sharded.
     """
     batch = spmd.axes_dividing(mesh, spmd.BATCH, q.shape[0])
     parts, time_parts = mesh.shape.get(spmd.TENSOR, 1), mesh.shape.get(spmd.SEQUENCE, 1)
     time, pieces = time_order.shard("attention", mesh, q.shape[1])
-    if time is not None and run is not xla.attention:
-        raise ValueError(f"attention: a sequence axis of {time_parts} devices needs implementation='xla'.")
+    if time is not None and run is cudnn.attention:
+        raise ValueError(
+            f"attention: implementation='cudnn' cannot run on a sequence axis of {time_parts} devices; "
+            "use None."
+        )
     rings = [time is not None and _split_over_time(source, time_parts) for source in sources]
     shared = [_kv_heads_shared(parts, i, q.shape[2], s.k.shape[2]) for i, s in enumerate(sources)]
 
@@ -63,11 +67,16 @@ def attention(
         for source, tokens, on_ring in zip(own, ring_tokens, rings):
             if on_ring:
                 places = time, time_parts, pieces
-                found.append(ring.attend(*places, q, source, tokens, q_segment_ids, scale, bias))
+                found.append(
+                    ring.attend(*places, q, source, tokens, q_segment_ids, scale, bias, implementation)
+                )
             else:
                 source = _with_positions(source, q.shape[1], time_parts, pieces)
-                found.append(xla.attend(q, source, q_segment_ids, scale, bias, wide(q)))
-        out, lse = functools.reduce(lambda a, b: xla.merge(*a, *b), found)
+                whole = blockwise.attend(
+                    q, source, q_segment_ids, scale, bias, wide(q), implementation=implementation
+                )
+                found.append(whole)
+        out, lse = functools.reduce(lambda a, b: blockwise.merge(*a, *b), found)
         return out.astype(q.dtype), lse
 
     def source_specs(on_ring: bool, pick_head: bool) -> dict[str, PartitionSpec]:

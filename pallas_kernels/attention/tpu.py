@@ -18,8 +18,13 @@ from pallas_kernels.mosaic import LANES, SUBLANES, Interpret
 MAX_WIDTH = 512
 
 
-def unsupported(spec: Spec, q, k, v, *_) -> str | None:
+def unsupported(spec: Spec, q: Array, k: Array, v: Array, *_) -> str | None:
     """Why this call cannot run, or None."""
+    return refused(q, k, v)
+
+
+def refused(q: Array, k: Array, v: Array) -> str | None:
+    """Why these arrays cannot be taken, or None."""
     dtypes = {x.dtype.name for x in (q, k, v)}
     if len(dtypes) > 1 or not dtypes <= {"float32", "bfloat16"}:
         return f"q, k and v are {q.dtype}, {k.dtype} and {v.dtype}; cast all to float32 or all to bfloat16"
@@ -54,7 +59,7 @@ def backward(
     *,
     interpret: Interpret = False,
 ) -> tuple[Float[Array, "B Lq H E"], Float[Array, "B Lk K E"], Float[Array, "B Lk K E"]]:
-    """dq, dk, dv in float32, given ``lse`` of the whole softmax and ``xla.row_delta``."""
+    """dq, dk, dv in float32, given ``lse`` of the whole softmax and ``blockwise.row_delta``."""
     if q.shape[1] < SUBLANES:
         return xla.backward(spec, q, k, v, q_tokens, kv_tokens, slopes, lse, d_out, delta)
     call = _describe(spec, q, k, interpret)

@@ -239,7 +239,10 @@ def split_refs(places: Any, refs: Sequence) -> tuple[Operands, list]:
 Span = tuple[Int[Array, "b i"], Int[Array, "b i"]]
 
 
-def within(span: Span, b: Array, i: Array, step: Array) -> tuple[Array, Array]:
-    """Which block comes at ``step``, kept within those that are needed, and whether it is one of them."""
+def within(span: tuple[Any, Any], b: Array, i: Array, step: Array) -> tuple[Array, Array]:
+    """Which block comes at ``step``, kept within those that are needed, and whether it is one of them.
+
+    ``span``: refs of a :data:`Span`.
+    """
     low, high = (x[b if x.shape[0] > 1 else 0, i] for x in span)
     return jnp.minimum(low + step, jnp.maximum(high - 1, low)), low + step < high

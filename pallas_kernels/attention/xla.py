@@ -1,24 +1,20 @@
-"""Blockwise softmax attention in plain XLA: memory O(L), never [Lq, Lk].
+"""One source of blockwise attention in plain XLA, forward and backward: memory O(L), never [Lq, Lk].
 
 A block of queries walks over blocks of keys with the online softmax (Milakov & Gimelshein 2018, arXiv
-1805.02867; Dao et al. 2022, arXiv 2205.14135). The backward keeps the output and its log-sum-exp only, and
-recomputes the probabilities. Loop bounds come from what the masks can let through, so causal, windowed and
-packed rows pay for the blocks they need. Several sources are merged by their log-sum-exps.
+1805.02867; Dao et al. 2022, arXiv 2205.14135). Loop bounds come from what the masks can let through, so
+causal, windowed and packed rows pay for the blocks they need.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
-from pallas_kernels.attention.sources import MASKED, Alibi, Mask, Source, Tokens, tokens_of, wide
+from pallas_kernels.attention.sources import MASKED, Mask, Tokens, wide
 from pallas_kernels.attention.tile import Keys, Partial, Scoring, gradients, softmax_part
 from pallas_kernels.attention.tiling import Tiling
 
@@ -30,13 +26,20 @@ Out = tuple[Float[Array, "B Lq H E"], Float[Array, "B H Lq"]]
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
-    """Static description of one call: ``aligned`` says that all positions are the row index."""
+    """Static description of one call.
+
+    Attributes:
+        aligned: all positions are the row index.
+        block: queries, and keys, of a tile.
+        implementation: of the two functions below, see ``blockwise.py``.
+    """
 
     mask: Mask
     scale: float
     aligned: bool
     out_dtype: Any
-    block: int
+    block: int = BLOCK
+    implementation: str | None = None
 
     def key_block(self, q_length: int, kv_length: int) -> int:
         """Keys of a tile. It holds about block^2 logits a head, so few queries take many keys."""
@@ -65,84 +68,6 @@ class Spec:
             first = 0 if window is None else min(max(0, start - window + 1), last - 1)
             found.append((slice(start, stop), slice(first, last)))
         return found
-
-
-def attention(
-    q: Float[Array, "B Lq H E"],
-    sources: Sequence[Source],
-    q_segment_ids: Int[Array, "B Lq"] | None,
-    scale: float,
-    bias: Alibi | None,
-    block: int = BLOCK,
-) -> Out:
-    """Same contract as the reference, in blocks of ``block`` queries and keys."""
-    out_dtype = q.dtype if len(sources) == 1 else wide(q)
-    parts = [attend(q, source, q_segment_ids, scale, bias, out_dtype, block) for source in sources]
-    out, lse = functools.reduce(lambda a, b: merge(*a, *b), parts)
-    return out.astype(q.dtype), lse
-
-
-def attend(
-    q: Float[Array, "B Lq H E"],
-    source: Source,
-    q_segment_ids: Int[Array, "B Lq"] | None,
-    scale: float,
-    bias: Alibi | None,
-    out_dtype: DTypeLike,
-    block: int = BLOCK,
-) -> Out:
-    """Attention over one source, differentiable in q, k, v through the output and the log-sum-exp."""
-    spec, *tokens = describe(q.shape[1], source, q_segment_ids, scale, bias, out_dtype, block)
-    slopes = None if bias is None else jax.lax.stop_gradient(bias.slopes)
-    return _attend(spec, q, source.k, source.v, *tokens, slopes)
-
-
-def describe(
-    length: int,
-    source: Source,
-    q_segment_ids: Int[Array, "B Lq"] | None,
-    scale: float,
-    bias: Alibi | None,
-    out_dtype: DTypeLike,
-    block: int = BLOCK,
-) -> tuple[Spec, Tokens, Tokens]:
-    """What is static about one source, and its query and key tokens."""
-    aligned = source.q_positions is None and source.kv_positions is None
-    spec = Spec(source.mask, scale, aligned, jnp.dtype(out_dtype), block)
-    return spec, *tokens_of(source, length, q_segment_ids, source.mask.positional or bias is not None)
-
-
-def merge(out_a: Array, lse_a: Array, out_b: Array, lse_b: Array) -> Out:
-    """One softmax from two: outputs [B, Lq, H, E] weighted by their log-sum-exps [B, H, Lq]."""
-    lse = jnp.logaddexp(lse_a, lse_b)
-    a, b = (jnp.exp(x - lse).swapaxes(1, 2)[..., None] for x in (lse_a, lse_b))
-    return a * out_a + b * out_b, lse
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(spec, q, k, v, q_tokens, kv_tokens, slopes):
-    return forward(spec, q, k, v, q_tokens, kv_tokens, slopes)
-
-
-def _attend_fwd(spec, q, k, v, q_tokens, kv_tokens, slopes):
-    out, lse = forward(spec, q, k, v, q_tokens, kv_tokens, slopes)
-    return (out, lse), (q, k, v, q_tokens, kv_tokens, slopes, out, lse)
-
-
-def _attend_bwd(spec, residuals, cotangents):
-    q, k, v, q_tokens, kv_tokens, slopes, out, lse = residuals
-    d_out, d_lse = cotangents
-    delta = row_delta(out, d_out, d_lse)
-    dq, dk, dv = backward(spec, q, k, v, q_tokens, kv_tokens, slopes, lse, d_out, delta)
-    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None, None, None
-
-
-_attend.defvjp(_attend_fwd, _attend_bwd)
-
-
-def row_delta(out: Array, d_out: Array, d_lse: Array) -> Float[Array, "B H Lq"]:
-    """What a row subtracts from dP: sum(d_out * out) - d_lse."""
-    return jnp.einsum("blhe,blhe->bhl", d_out, out, preferred_element_type=d_lse.dtype) - d_lse
 
 
 def forward(spec: Spec, q, k, v, q_tokens: Tokens, kv_tokens: Tokens, slopes) -> Out:
@@ -177,7 +102,7 @@ def forward(spec: Spec, q, k, v, q_tokens: Tokens, kv_tokens: Tokens, slopes) ->
 def backward(
     spec: Spec, q, k, v, q_tokens: Tokens, kv_tokens: Tokens, slopes, lse, d_out, delta
 ) -> tuple[Float[Array, "B Lq H E"], Float[Array, "B Lk K E"], Float[Array, "B Lk K E"]]:
-    """dq, dk, dv in float32, given ``lse`` of the whole softmax and :func:`row_delta`."""
+    """dq, dk, dv in float32, given ``lse`` of the whole softmax and ``blockwise.row_delta``."""
     scoring = Scoring(spec.mask, spec.scale, slopes)
     dk, dv = jnp.zeros(k.shape, wide(q, k)), jnp.zeros(v.shape, wide(q, v))
     if spec.one_tile(q.shape[1], k.shape[1]):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.attention import MASKED, Alibi, Mask, Source, attention, cudnn, reference, xla
+from pallas_kernels.attention import MASKED, Alibi, Mask, Source, attention, blockwise, cudnn, reference
 
 SLOPES = jnp.asarray([0.5, 0.25, 0.125, 0.0625])
 CAUSAL = Mask(causal=True)
@@ -44,7 +44,8 @@ def values_and_gradients(run, q, sources, segments=None, bias=None):
 
 
 def agree(q, sources, segments=None, bias=None, block=16):
-    got = values_and_gradients(functools.partial(xla.attention, block=block), q, sources, segments, bias)
+    run = functools.partial(blockwise.attention, block=block)
+    got = values_and_gradients(run, q, sources, segments, bias)
     want = values_and_gradients(reference.attention, q, sources, segments, bias)
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(got))
     close(got, want, atol=5e-5)
@@ -145,7 +146,7 @@ def test_bfloat16_is_close_and_statistics_are_float32():
     q, k, v = qkv(45, 45)
     for block in (16, 64):
         (want, _), want_grads = values_and_gradients(reference.attention, q, [Source(k, v, mask=CAUSAL)])
-        run = functools.partial(xla.attention, block=block)
+        run = functools.partial(blockwise.attention, block=block)
         half = [x.astype(jnp.bfloat16) for x in (q, k, v)]
         (got, lse), grads = values_and_gradients(run, half[0], [Source(*half[1:], mask=CAUSAL)])
         assert got.dtype == jnp.bfloat16 and lse.dtype == jnp.float32
@@ -173,7 +174,7 @@ def test_blocks_that_the_mask_rules_out_are_not_visited():
         poisoned = [
             Source(x.at[:, dead].set(jnp.nan), y.at[:, dead].set(jnp.nan), mask=mask) for x, y in [(k, v)]
         ]
-        out, _ = xla.attention(q, poisoned, None, 0.3, None, block=8)
+        out, _ = blockwise.attention(q, poisoned, None, 0.3, None, block=8)
         assert np.isfinite(out[:, queries]).all()
 
 
@@ -220,8 +221,10 @@ def test_decoding_under_a_mesh(mesh):
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_ring_collectives(mesh, packed):
-    """One rotation in the loop for keys with values; backward one more for their gradients and one home. Segment
-    ids do not travel."""
+    """One rotation in the loop for keys with values; backward one more for their gradients and one home.
+
+    Segment ids do not travel.
+    """
     segments = ROWS if packed else None
     with jax.set_mesh(mesh(1, 1, 1, 4)):
         sharding = jax.NamedSharding(jax.sharding.get_abstract_mesh(), jax.P(None, "sequence"))
