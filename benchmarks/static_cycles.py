@@ -160,7 +160,7 @@ def main() -> None:
     parser.add_argument("--chip", default="v5e", choices=sorted(CLOCK_HZ))
     parser.add_argument("--only-compile", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("arguments", nargs="*", help="name=JSON of the function")
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
     pairs = (argument.partition("=") for argument in options.arguments)
     arguments = {name: json.loads(value) for name, _, value in pairs}
     if options.only_compile:
