@@ -168,7 +168,7 @@ def plot(found: Row, path: pathlib.Path) -> None:
     bars.invert_yaxis()
     bars.set(xlabel="bound / median", xscale="log", title="share of the roofline")
     bars.axvline(1, color="black", linewidth=0.8)
-    bars.legend(fontsize=8)
+    bars.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.07), ncols=6)
     for what, style in {r["what"]: "-" if r["what"] == FORWARD else "--" for r in records}.items():
         for i, who in enumerate(whos):
             scans = [r for r in records if (r["op"], r["who"], r["what"]) == ("linear_scan", who, what)]
