@@ -13,7 +13,7 @@ from pallas_kernels.mosaic import LANES, SUBLANES, MiB
 from pallas_kernels.selective_scan import xla
 from pallas_kernels.selective_scan.tpu_backward import backward
 from pallas_kernels.selective_scan.tpu_forward import forward
-from pallas_kernels.selective_scan.tpu_plan import SCRATCH, Plan, block_sizes
+from pallas_kernels.selective_scan.tpu_plan import VMEM, Plan, block_sizes
 
 ONE_BLOCK = 512  # channels that are one block whatever their number
 
@@ -76,10 +76,10 @@ def unsupported(x, dt, A, B, C, initial_state, runs) -> str | None:
     counts = {t.shape[2] for t in (B, C) if t.ndim == 4}
     if len(counts) == 2 and min(counts) != 1:
         return f"B and C have {B.shape[2]} and {C.shape[2]} groups; repeat the fewer to as many as the others"
-    if (scratch := _plan(x, A, B, C, runs, False).scratch_bytes()) > SCRATCH:
+    if (needed := _plan(x, A, B, C, runs, False).vmem_bytes) > VMEM:
         return (
-            f"the states of {LANES} tokens, N = {A.shape[1]} each, take {scratch / MiB:.0f} MiB of a TPU's "
-            f"fast memory and may take {SCRATCH // MiB}; lower N"
+            f"with N = {A.shape[1]} a block of {LANES} tokens takes {needed / MiB:.0f} MiB of fast memory "
+            f"and may take {VMEM // MiB}; lower N"
         )
     return None
 
@@ -97,7 +97,7 @@ def _plan(x, A, B, C, runs, interpret: mosaic.Interpret) -> Plan:
         groups=groups,
         channels=own,
         d_state=states,
-        sizes=block_sizes(length, own, states, x.dtype),
+        sizes=block_sizes(length, own, states, jnp.iscomplexobj(A), x.dtype),
         A=_planes(A),
         B=_planes(B),
         C=_planes(C),

@@ -50,10 +50,13 @@ def _kernel(*refs, plan: Plan, names: tuple[str, ...]):
 
     tiles = plan.tiles(time)
     spread_inputs(plan, refs, tiles)
-    for lanes in plan.chunks():
+
+    def chunk(number, lanes):
         read = Reader(plan, refs, lanes, time * plan.sizes.tokens)
         _walk_forward(read, tiles)
-        _walk_back(read, tiles)
+        _walk_back(read, tiles, number == 0)
+
+    plan.each_chunk(chunk)
 
     @pl.when(time == 0)
     def _():
@@ -61,13 +64,13 @@ def _kernel(*refs, plan: Plan, names: tuple[str, ...]):
             first[...] = carry[...]
 
 
-def _states(refs, plan: Plan, token: jax.Array) -> Planes:
+def _states(refs, plan: Plan, token: jax.Array | int) -> Planes:
     """The state before a token of the block."""
     rows = _state_rows(plan, token)
     return tuple(ref[rows, :] for ref in refs)
 
 
-def _state_rows(plan: Plan, token: jax.Array) -> pl.Slice:
+def _state_rows(plan: Plan, token: jax.Array | int) -> pl.Slice:
     return pl.ds(pl.multiple_of(token * plan.d_state, SUBLANES), plan.d_state)
 
 
@@ -75,7 +78,7 @@ def _walk_forward(read: Reader, tiles) -> None:
     """Fill "h" with the state before each token, and after the last."""
     plan, h_refs = read.plan, read.refs["h"]
 
-    def keep(h: Planes, token: jax.Array) -> None:
+    def keep(h: Planes, token: jax.Array | int) -> None:
         for ref, plane in zip(h_refs, h, strict=True):
             ref[_state_rows(plan, token), :] = plane
 
@@ -92,7 +95,7 @@ def _walk_forward(read: Reader, tiles) -> None:
     keep(jax.lax.fori_loop(0, tiles, tile, h), tiles * SUBLANES)
 
 
-def _walk_back(read: Reader, tiles) -> None:
+def _walk_back(read: Reader, tiles, first: jax.Array) -> None:
     """Gains of everything, from the last token to the first."""
     plan, refs, lanes = read.plan, read.refs, read.lanes
 
@@ -109,7 +112,7 @@ def _walk_back(read: Reader, tiles) -> None:
             for name, found in columns.items():
                 found.insert(0, planes.each(tpu_plan.sum_lanes, gains[name]))
         for name, found in columns.items():
-            _write_columns(refs[f"d{name}"], i, found, first=lanes.start == 0)
+            _write_columns(refs[f"d{name}"], i, found, first)
         du, d_dt = (tpu_plan.summed(refs[name], plan.sizes.lanes) for name in ("du sums", "dt sums"))
         rows = tpu_plan.tile_rows(i)
         (dx_ref,), (d_dt_ref,) = refs["dx"], refs["ddt"]
@@ -146,15 +149,16 @@ def _token(read: Reader, tile, t: int, g: Planes, dt, u, dy) -> tuple[Planes, Ga
     }
 
 
-def _write_columns(refs, tile: jax.Array, columns: list[Planes], first: bool) -> None:
-    """Put, or after the first channels of a block add, the columns of a tile's tokens into [N, T]."""
+def _write_columns(refs, tile: jax.Array, columns: list[Planes], first: jax.Array) -> None:
+    """Add, or of the ``first`` channels of a block put, the columns of a tile's tokens into [N, T]."""
     lanes, start = tpu_plan.strip(tile)
     for ref, plane in zip(refs, zip(*columns, strict=True), strict=True):
-        strip = ref[:, lanes]
-        lane = jax.lax.broadcasted_iota(jnp.int32, strip.shape, 1)
+        found = ref[:, lanes]
+        lane = jax.lax.broadcasted_iota(jnp.int32, found.shape, 1)
+        earlier = jnp.where(first, 0.0, found)
         for t, column in enumerate(plane):
-            strip = jnp.where(lane == start + t, column if first else strip + column, strip)
-        ref[:, lanes] = strip
+            found = jnp.where(lane == start + t, earlier + column, found)
+        ref[:, lanes] = found
 
 
 def backward(plan: Plan, arrays: dict[str, Planes]) -> dict[str, Planes]:
@@ -186,6 +190,7 @@ def backward(plan: Plan, arrays: dict[str, Planes]) -> dict[str, Planes]:
         out_specs=[spec for _, spec, *_ in out],
         out_shape=[jax.ShapeDtypeStruct(shape, dtype) for *_, shape, dtype in out],
         scratch_shapes=[pltpu.VMEM(shape, f32) for _, shape in scratch],
+        vmem_limit_bytes=plan.vmem_bytes + tpu_plan.SPILLS,
         interpret=plan.interpret,
     )(*operands)
     return {name: tuple(found) for name, found in group(tuple(n for n, *_ in out), results).items()}

@@ -19,7 +19,7 @@ from pallas_kernels.selective_scan.tpu_plan import Plan, Specs
 class Reader:
     """What a kernel reads of a tile, for the channels ``lanes``."""
 
-    def __init__(self, plan: Plan, refs: dict, lanes: slice, start: jax.Array):
+    def __init__(self, plan: Plan, refs: dict, lanes: pl.Slice, start: jax.Array):
         self.plan, self.refs, self.lanes, self.start = plan, refs, lanes, start
         self.A = tuple(ref[:, lanes] for ref in refs["A"])
         self.exponents = tpu_plan.exponents(self.A)
@@ -75,10 +75,10 @@ def _kernel(*refs, plan: Plan, names: tuple[str, ...]):
     (y_ref,) = refs["y"]
     spread_inputs(plan, refs, plan.tiles(time))
 
-    for lanes in plan.chunks():
+    def chunk(_, lanes):
         read = Reader(plan, refs, lanes, time * plan.sizes.tokens)
 
-        def tile(i, h, read=read, lanes=lanes):
+        def tile(i, h):
             dt = read.tokens("dt", i)
             u = dt * read.tokens("x", i)
             for t in range(SUBLANES):
@@ -93,6 +93,8 @@ def _kernel(*refs, plan: Plan, names: tuple[str, ...]):
         h = jax.lax.fori_loop(0, plan.tiles(time), tile, h)
         for ref, plane in zip(refs["h"], h, strict=True):
             ref[:, lanes] = plane
+
+    plan.each_chunk(chunk)
 
     @pl.when(time == plan.time_blocks - 1)
     def _():
@@ -166,6 +168,7 @@ def forward(plan: Plan, arrays: dict[str, Planes]) -> tuple[jax.Array, Planes, P
         out_specs=[spec for _, spec, _ in out],
         out_shape=[jax.ShapeDtypeStruct(shape, jnp.float32) for _, _, shape in out],
         scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for _, shape in scratch],
+        vmem_limit_bytes=plan.vmem_bytes + tpu_plan.SPILLS,
         interpret=plan.interpret,
     )(*operands)
     return results[0], tuple(results[1 : 1 + plan.A]), tuple(results[1 + plan.A :])

@@ -21,8 +21,9 @@ from pallas_kernels import mosaic, tuning
 from pallas_kernels.mosaic import LANES, SUBLANES, MiB
 from pallas_kernels.planes import Planes
 
-BLOCKS = 12 * MiB  # v5e and v5p give a kernel's blocks 16 MiB
-SCRATCH = 32 * MiB  # v5p has 64 MiB a core
+BLOCKS = 12 * MiB  # two buffers of what has a row for every token
+VMEM = 48 * MiB  # of the 64 that a core of v5p has
+SPILLS = 8 * MiB
 LOG2_E = math.log2(math.e)
 
 
@@ -34,9 +35,10 @@ class Sizes(NamedTuple):
     lanes: int
 
 
-def block_sizes(length: int, channels: int, d_state: int, dtype: DTypeLike) -> Sizes:
-    """For ``channels`` of a group, a multiple of 128 or few enough to be one block."""
-    default = {"tokens": 256, "channels": 1536, "lanes": max(640 * 16 // d_state, LANES)}
+def block_sizes(length: int, channels: int, d_state: int, complex: bool, dtype: DTypeLike) -> Sizes:
+    """For ``channels`` of a group, a multiple of 128 or few enough to be one block; ``dtype`` of x."""
+    lanes = (128 if complex else 512) * 16 // d_state
+    default = {"tokens": 256, "channels": 1536, "lanes": max(lanes, LANES)}
     shape = {"L": length, "E": channels, "N": d_state}
     sizes = tuning.blocks("selective_scan", shape, dtype, default)
     width = lanes = channels
@@ -101,16 +103,27 @@ class Plan:
         """The others."""
         return tuple(name for name in "ABC" if name not in self.by_token())
 
-    def scratch_bytes(self) -> int:
-        """Of the larger, the backward: the states of a block, and what its tokens have N of."""
-        states = self.A * (self.sizes.tokens + 1) * self.sizes.lanes
-        spread = (self.B * self.B_by_token + self.C * self.C_by_token) * self.sizes.tokens * LANES
-        return 4 * self.d_state * (states + spread)
+    @property
+    def vmem_bytes(self) -> int:
+        """What the backward, the larger, has in fast memory: two buffers of each block, and scratch."""
+        tokens, channels, lanes = (pl.cdiv(n, LANES) * LANES for n in self.sizes)
+        columns = (self.B * self.B_by_token + self.C * self.C_by_token) * tokens
+        blocks = 5 * tokens * channels + self.d_state * (2 * columns + 6 * self.A * channels)
+        scratch = self.d_state * (self.A * ((tokens + 1) * lanes + channels) + columns * LANES)
+        return 4 * (2 * blocks + scratch)
 
-    def chunks(self) -> list[slice]:
-        """The channels of a block that are worked on at once."""
+    def each_chunk(self, body: Callable[[jax.Array, pl.Slice], None]) -> None:
+        """``body(number, channels)`` of the parts of a block's channels that are worked on at once."""
         lanes = self.sizes.lanes
-        return [slice(start, start + lanes) for start in range(0, self.sizes.channels, lanes)]
+
+        def chunk(i, _):
+            body(i, pl.ds(pl.multiple_of(i * lanes, LANES), lanes))
+            return 0
+
+        if lanes == self.sizes.channels:
+            body(jnp.int32(0), pl.ds(0, lanes))
+        else:
+            jax.lax.fori_loop(0, self.sizes.channels // lanes, chunk, 0)
 
     def tiles(self, time: jax.Array) -> jax.Array | int:
         """How many tiles of eight tokens block ``time`` has."""
