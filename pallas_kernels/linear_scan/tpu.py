@@ -95,10 +95,10 @@ def _plan(walk: Walk, a: Planes, b: Planes, read_or_written: int, summed: bool =
     """
     constant = a[0].ndim == 1
     dtype = jnp.complex64 if len(b) == 2 else jnp.float32
-    _, length, channels = b[0].shape
+    batch, length, channels = b[0].shape
     tokens, width = block_sizes(length, channels, dtype, read_or_written)
     masked = length % tokens != 0 and (walk.backward or summed)
-    return Plan(walk, b[0].shape, tokens, width, constant, masked)
+    return Plan(walk, (batch, length, channels), tokens, width, constant, masked)
 
 
 def _read(refs, rows) -> Planes:

@@ -37,8 +37,8 @@ from pallas_kernels.selective_scan.tpu_plan import Plan, Specs
 Gains = dict[str, Planes]
 
 
-def _kernel(*refs, plan: Plan, names: tuple[str, ...]):
-    refs = group(names, refs)
+def _kernel(*given, plan: Plan, names: tuple[str, ...]):
+    refs = group(names, given)
     time = plan.time_blocks - 1 - pl.program_id(2)
 
     @pl.when(pl.program_id(2) == 0)
@@ -64,13 +64,13 @@ def _kernel(*refs, plan: Plan, names: tuple[str, ...]):
             first[...] = carry[...]
 
 
-def _states(refs, plan: Plan, token: jax.Array | int) -> Planes:
+def _states(refs, plan: Plan, token: jax.Array) -> Planes:
     """The state before a token of the block."""
     rows = _state_rows(plan, token)
     return tuple(ref[rows, :] for ref in refs)
 
 
-def _state_rows(plan: Plan, token: jax.Array | int) -> pl.Slice:
+def _state_rows(plan: Plan, token: jax.Array) -> slice | pl.Slice:
     return pl.ds(pl.multiple_of(token * plan.d_state, SUBLANES), plan.d_state)
 
 
@@ -78,7 +78,7 @@ def _walk_forward(read: Reader, tiles) -> None:
     """Fill "h" with the state before each token, and after the last."""
     plan, h_refs = read.plan, read.refs["h"]
 
-    def keep(h: Planes, token: jax.Array | int) -> None:
+    def keep(h: Planes, token: jax.Array) -> None:
         for ref, plane in zip(h_refs, h, strict=True):
             ref[_state_rows(plan, token), :] = plane
 
@@ -92,7 +92,7 @@ def _walk_forward(read: Reader, tiles) -> None:
         return h
 
     h = tuple(ref[:, read.lanes] for ref in read.refs["states"])
-    keep(jax.lax.fori_loop(0, tiles, tile, h), tiles * SUBLANES)
+    keep(jax.lax.fori_loop(0, tiles, tile, h), jnp.int32(tiles * SUBLANES))
 
 
 def _walk_back(read: Reader, tiles, first: jax.Array) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,11 +16,13 @@ from pallas_kernels.planes import Planes
 from pallas_kernels.selective_scan import tpu_plan
 from pallas_kernels.selective_scan.tpu_plan import Plan, Specs
 
+Refs = dict[str, Any]  # of each name, a list; under "spread" a dict of them
+
 
 class Reader:
     """What a kernel reads of a tile, for the channels ``lanes``."""
 
-    def __init__(self, plan: Plan, refs: dict, lanes: pl.Slice, start: jax.Array):
+    def __init__(self, plan: Plan, refs: Refs, lanes: slice | pl.Slice, start: jax.Array):
         self.plan, self.refs, self.lanes, self.start = plan, refs, lanes, start
         self.A = tuple(ref[:, lanes] for ref in refs["A"])
         self.exponents = tpu_plan.exponents(self.A)
@@ -61,8 +64,8 @@ def add_real(x: Planes, y: Planes) -> Planes:
     return planes.add(x[: len(y)], y) + x[len(y) :]
 
 
-def _kernel(*refs, plan: Plan, names: tuple[str, ...]):
-    refs = group(names, refs)
+def _kernel(*given, plan: Plan, names: tuple[str, ...]):
+    refs = group(names, given)
     time = pl.program_id(2)
 
     @pl.when(time == 0)
@@ -102,7 +105,7 @@ def _kernel(*refs, plan: Plan, names: tuple[str, ...]):
             final[...] = carry[...]
 
 
-def spread_inputs(plan: Plan, refs: dict, tiles) -> None:
+def spread_inputs(plan: Plan, refs: Refs, tiles) -> None:
     """Leave in refs["spread"] what tokens have N of, in lanes."""
     refs["spread"] = {name: refs[f"spread {name}"] for name in ("B", "C", "keep") if f"spread {name}" in refs}
     tpu_plan.spread([pair for name, to in refs["spread"].items() for pair in zip(refs[name], to)], tiles)
@@ -120,9 +123,9 @@ def spread_scratch(plan: Plan) -> list:
     return scratch
 
 
-def group(names: tuple[str, ...], refs) -> dict[str, list]:
+def group(names: tuple[str, ...], refs) -> Refs:
     """The refs of each name, in order."""
-    grouped: dict[str, list] = {}
+    grouped: Refs = {}
     for name, ref in zip(names, refs, strict=True):
         grouped.setdefault(name, []).append(ref)
     return grouped
@@ -152,10 +155,10 @@ def forward(plan: Plan, arrays: dict[str, Planes]) -> tuple[jax.Array, Planes, P
     names, in_specs, operands = inputs(plan, specs, arrays)
     batch, length, channels = arrays["x"][0].shape
     state = (plan.d_state, channels)
-    out = [("y", specs.tokens(), (batch, length, channels))]
+    out: list[tuple[str, pl.BlockSpec, tuple[int, ...]]] = [("y", specs.tokens(), (batch, length, channels))]
     out += [("states", specs.states(), (batch, plan.time_blocks, *state))] * plan.A
     out += [("final", specs.state(), (batch, *state))] * plan.A
-    scratch = [("h", (plan.d_state, plan.sizes.channels))] * plan.A
+    scratch: list[tuple[str, tuple[int, ...]]] = [("h", (plan.d_state, plan.sizes.channels))] * plan.A
     scratch += spread_scratch(plan)
     scratch += [("sums", tpu_plan.SUMS)] * pl.cdiv(plan.sizes.lanes, LANES)
     names += [name for name, _, _ in out] + [name for name, _ in scratch]

@@ -112,7 +112,7 @@ class Plan:
         scratch = self.d_state * (self.A * ((tokens + 1) * lanes + channels) + columns * LANES)
         return 4 * (2 * blocks + scratch)
 
-    def each_chunk(self, body: Callable[[jax.Array, pl.Slice], None]) -> None:
+    def each_chunk(self, body: Callable[[jax.Array, slice | pl.Slice], None]) -> None:
         """``body(number, channels)`` of the parts of a block's channels that are worked on at once."""
         lanes = self.sizes.lanes
 
@@ -174,11 +174,11 @@ class Specs:
         return pl.BlockSpec((None, SUBLANES, self.plan.sizes.tokens), lambda b, e, t: (b, 0, self.time(t)))
 
 
-def tile_rows(tile: jax.Array) -> pl.Slice:
+def tile_rows(tile: jax.Array) -> slice | pl.Slice:
     return pl.ds(pl.multiple_of(tile * SUBLANES, SUBLANES), SUBLANES)
 
 
-def strip(tile: jax.Array) -> tuple[pl.Slice, jax.Array]:
+def strip(tile: jax.Array) -> tuple[slice | pl.Slice, jax.Array]:
     """The 128 lanes in which a tile's tokens have their columns, and where among them."""
     tiles = LANES // SUBLANES
     return pl.ds(pl.multiple_of(tile // tiles * LANES, LANES), LANES), tile % tiles * SUBLANES
