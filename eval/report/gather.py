@@ -13,6 +13,8 @@ import numpy as np
 from etils import epath
 from jaxtyping import Float
 
+from configs import saved
+from configs.base import ConfigError
 from eval import arena
 from eval.opened import RunError
 from runtime import run_record
@@ -40,7 +42,7 @@ class Run:
     """One run.
 
     Attributes:
-        fields: the config's leaves by dotted name.
+        fields: the config's leaves by dotted name, those that an older run did not have at their defaults.
         records: of metrics.jsonl, in the order of steps.
         result: final metrics, with "reference/..." of simple compressors; empty before the end.
         starts: of the run, with machine and versions, oldest first.
@@ -168,7 +170,7 @@ def read_run(workdir: epath.PathLike) -> Run:
     return Run(
         workdir=str(workdir),
         config=config,
-        fields=run_record.config_fields(config),
+        fields=run_record.config_fields(_complete(config)),
         records=records,
         result=_object(root / "result.json", notes),
         parameters=sum(int(count.replace(",", "")) for count in counts) if counts else None,
@@ -205,6 +207,14 @@ def _config(root: epath.Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise RunError(f"{root / 'config.json'} holds {text[:40]!r}, expected an object of fields")
     return config
+
+
+def _complete(config: dict[str, Any]) -> dict[str, Any]:
+    """With the defaults of fields that were added after the run; unchanged if it has one that is no more."""
+    try:
+        return json.loads(saved.from_json(json.dumps(config)).to_json())
+    except ConfigError:
+        return config
 
 
 def _records(root: epath.Path, notes: list[str]) -> list[dict[str, Any]]:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import train
+from configs.saved import from_json
 from eval import report
 from eval.opened import RunError
 from eval.report import charts, words
@@ -163,6 +164,16 @@ def test_seeds_make_one_architecture(tmp_path):
     assert len(thin) == 3 and all(s.thin and not s.name for s in thin)
     assert list(mean.x) == [10, 20, 30, 40]
     np.testing.assert_allclose(np.array(mean.high) - np.array(mean.low), 2 * np.std(losses, ddof=1))
+
+
+def test_a_run_from_before_a_field_existed_is_of_the_same_architecture(tmp_path):
+    for seed, directory in enumerate("ab"):
+        write_run(tmp_path / directory, seed=seed)
+    path = tmp_path / "b" / "config.json"
+    path.write_text(from_json(path.read_text()).to_json())  # with every field
+    assert len(group_runs([read_run(tmp_path / d) for d in "ab"])) == 1
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"no_longer": 1}))
+    assert len(group_runs([read_run(tmp_path / d) for d in "ab"])) == 2
 
 
 def test_a_comparison(tmp_path, capsys):
