@@ -40,7 +40,7 @@ def _section(groups: Sequence[Group], name: str) -> Section:
     ]
     said += dict.fromkeys(f"{label}: no result, {why}." for label, why in failures)
     having = [group for group in groups if any(not probe.failure for probe in results[group.label])]
-    blocks: list[Chart | Table] = [*_charts(having, name), *_table(having, name)]
+    blocks: list[Chart | Table] = [*_charts(having, name), *_tables(having, name)]
     return Section(f"Probe: {name.replace('_', ' ')}", blocks, " ".join(said))
 
 
@@ -98,12 +98,35 @@ def _curves(probe: Probe) -> dict[str, Curve]:
     return found
 
 
-def _table(groups: Sequence[Group], name: str) -> list[Table]:
-    """A row for each scalar."""
-    shown = [[words.scalars(probe.numbers) for probe in _results(group, name)] for group in groups]
-    names = dict.fromkeys(key for of_group in shown for scalars in of_group for key in scalars)
-    rows = [[key, *(_cell([s[key] for s in of_group if key in s]) for of_group in shown)] for key in names]
-    return [Table(["number", *(group.label for group in groups)], rows)] if rows else []
+def _tables(groups: Sequence[Group], name: str) -> list[Table]:
+    """A row for each scalar; those by the same keys ("loss.1x", "loss.2x") in one row, a column for each."""
+    shown = {
+        group.label: [words.scalars(probe.numbers) for probe in _results(group, name)] for group in groups
+    }
+    names = list(dict.fromkeys(key for found in shown.values() for scalars in found for key in scalars))
+
+    def cell(label: str, key: str) -> str:
+        return _cell([scalars[key] for scalars in shown[label] if key in scalars])
+
+    by_quantity: dict[str, list[str]] = {}
+    for key in names:
+        by_quantity.setdefault(key.partition(".")[0], []).append(key.partition(".")[2])
+    series = {of: tuple(keys) for of, keys in by_quantity.items() if len(keys) > 1}
+    single = [
+        [key, *(cell(label, key) for label in shown)] for key in names if key.partition(".")[0] not in series
+    ]
+    tables = [Table(["number", *shown], single)] if single else []
+    by_keys: dict[tuple[str, ...], list[str]] = {}
+    for of, keys in series.items():
+        by_keys.setdefault(keys, []).append(of)
+    for keys, quantities in by_keys.items():
+        rows = [
+            [f"{of}, {label}" if len(shown) > 1 else of, *(cell(label, f"{of}.{key}") for key in keys)]
+            for of in quantities
+            for label in shown
+        ]
+        tables.append(Table(["number", *keys], rows))
+    return tables
 
 
 def _cell(values: Sequence[Any]) -> str:

@@ -223,15 +223,19 @@ def test_probes_appear_whatever_they_are(tmp_path):
     for i, run in enumerate(runs[:2]):
         write_probe(run, step=20, numbers={"old": 1.0}, curves={})
         curves = {"full": curve(3.0 + i, 2.0, 1.0, 0.5, 0.4), "cut": curve(3.0, 2.5, 2.4)}
-        write_probe(run, numbers={"1x": 2.0 + i, "documents": {"4x": 12}}, curves=curves)
+        write_probe(
+            run, numbers={"1x": 2.0 + i, "rows": {"4x": 12}, "loss": {"1x": i, "2x": 3}}, curves=curves
+        )
     write_probe(runs[2], error="ValueError: no room", traceback=["..."])
     write_probe(runs[2], "lone", numbers={}, curves={"one": curve(1.0, 2.0, error=[0.5, 0.25])})
     made = report.of_runs(runs)
     sections = {s.title: s for s in made.sections}
-    chart, table = sections["Probe: extrapolation"].blocks
+    chart, table, by_length = sections["Probe: extrapolation"].blocks
     assert chart.log_x and [s.name for s in chart.series if s.name] == ["full", "cut"]
     assert [list(s.y) for s in chart.series if s.name == "full"] == [[3.5, 2.0, 1.0, 0.5, 0.4]]
-    assert table.rows == [["1x", "2.5 ± 0.71".replace(" ", words.GLUE)], ["documents.4x", "12"]]
+    assert table.rows == [["1x", "2.5 ± 0.71".replace(" ", words.GLUE)], ["rows.4x", "12"]]
+    assert by_length.header == ["number", "1x", "2x"]
+    assert by_length.rows == [["loss", "0.5 ± 0.71".replace(" ", words.GLUE), "3"]]
     assert "small (b): no result, ValueError: no room." in sections["Probe: extrapolation"].lead
     (lone,) = sections["Probe: lone"].blocks
     assert (
