@@ -27,7 +27,9 @@ CLOCK_HZ = {"v5e": 1.5e9, "v5p": 1.75e9, "v6e": 1.75e9}
 BRANCH_DELAY = 4  # bundles after a branch that still run
 
 BUNDLE = re.compile(r"\s*(0x[0-9a-f]+)\s+(LB:)?")
-EXIT_TEST = re.compile(r"(%p\d+_p\d+) = scmp\.ge\.s32\.totalorder %\S+, (\d+|%\S+)")
+EXIT_TEST = re.compile(
+    r"(%p\d+_p\d+) = scmp\.ge\.s32\.totalorder (?:\(!?%p\d+_p\d+\), )?%\S+, (\d+|%\S+)"  # perhaps predicated
+)
 BACK_EDGE = re.compile(r"sbr\.rel \(!(%p\d+_p\d+)\)")
 
 
