@@ -130,6 +130,7 @@ def _compiled(
 
 def short(error: Exception) -> str:
     """The line of a compiler's message that says most."""
-    lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    lines = [line for line in str(error).splitlines() if line.strip() and "See http" not in line]
+    lines = lines or [type(error).__name__]
     telling = [line for line in lines if re.search(r"Error|error|cannot|exceed|RESOURCE", line)]
     return (telling or lines)[-1].strip()[:300]
