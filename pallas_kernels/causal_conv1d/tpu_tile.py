@@ -6,6 +6,8 @@ K inputs, its own among them, a token sees (None: all K). ``columns`` [channels,
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
@@ -15,19 +17,20 @@ from pallas_kernels.mosaic import LANES
 STRIP = 16  # channels worked on at once: their values stay in registers
 
 
-def strip_of(channels: int) -> int:
-    return STRIP if channels % STRIP == 0 else channels
+def strip_of(channels: int, size: int = STRIP) -> int:
+    """Channels of a strip: ``size``, or what divides the channels."""
+    return math.gcd(size, channels) if channels % STRIP == 0 else channels
 
 
-def for_strip(row, ref):
+def for_strip(row, ref, size: int = STRIP):
     """[1, Q] for every channel of a strip: a mask is cheap to compare, and dear to broadcast."""
-    return jnp.broadcast_to(row, (strip_of(ref.shape[0]), row.shape[1]))
+    return jnp.broadcast_to(row, (strip_of(ref.shape[0], size), row.shape[1]))
 
 
-def for_strips(ref, visit) -> None:
+def for_strips(ref, visit, size: int = STRIP) -> None:
     """``visit(rows)`` for strips of channels small enough that a strip's values stay in registers."""
     channels = ref.shape[0]
-    strip = strip_of(channels)
+    strip = strip_of(channels, size)
 
     def step(i, _):
         visit(pl.ds(pl.multiple_of(i * strip, strip), strip))

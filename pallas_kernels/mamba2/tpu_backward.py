@@ -19,11 +19,14 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels import mosaic
 from pallas_kernels.causal_conv1d import tpu_tile as conv
 from pallas_kernels.mamba2.tpu_tile import (
+    STRIP,
     VMEM_LIMIT_BYTES,
     Setup,
+    d_inputs,
     last_tile,
     near_past,
     place_past,
+    shifts,
     silu_and_slope,
     taps,
     visible,
@@ -66,24 +69,26 @@ def _kernel(*refs, setup: Setup):
 
 def _chunk(ref: Any, setup: Setup, chunk, first) -> None:
     plan, start = setup.plan, chunk * setup.plan.chunk
-    reach = None if ref.reach is None else conv.for_strip(ref.reach[...], ref.x)
+    reach = None if ref.reach is None else conv.for_strip(ref.reach[...], ref.x, STRIP)
     near = near_past(first, start, setup)
     ref.before[...] = last_tile(ref.x[...])
     pl.when(near)(lambda: place_past(ref.past, ref.before, ref.now, first, start))
 
+    earlier = shifts(plan.chunk, setup.width, ref.now.dtype, ahead=False)
+
     def mix(rows):
-        inputs = taps(ref.before, ref.now, rows, reach, setup.width)
+        inputs = taps(ref.before, ref.now, rows, reach, earlier)
         raw = conv.before_activation(inputs, ref.columns[rows, :])
         mixed, _ = silu_and_slope(raw)
         ref.raw[rows, :] = raw
         ref.mixed[rows, :] = visible(mixed, reach).astype(ref.mixed.dtype)
 
-    conv.for_strips(ref.x, mix)
+    conv.for_strips(ref.x, mix, STRIP)
     x, scale = by_head(ref.mixed[...], plan.block), ref.scale[...]
     B, C, D, R = ref.B[...], ref.C[...], ref.D[...], ref.starts[...]
     decay = decays(ref.log_decay[...], None if ref.counts is None else ref.counts[...])
     write_output(ref.y, x, scale, B, C, D, R, decay)
-    conv.for_strips(ref.x, functools.partial(_gate, ref, setup, reach))
+    conv.for_strips(ref.x, functools.partial(_gate, ref, setup, reach), STRIP)
 
     dy = by_head(ref.d[...], plan.block)
     d = chunk_gradients(x, scale, B, C, R, dy, ref.dR[...], decay)
@@ -94,7 +99,24 @@ def _chunk(ref: Any, setup: Setup, chunk, first) -> None:
     ref.dR[...], ref.carried[...] = d.R, d.overlap
 
     reach_both = None if reach is None else jnp.concatenate([reach, ref.reach_after[...]], axis=1)
-    conv.for_strips(ref.x, functools.partial(_unmix, ref, setup, reach, reach_both, near, first, start))
+    later = shifts(plan.chunk, setup.width, ref.now.dtype, ahead=True)
+    reaches = None
+    if reach_both is not None:
+        reaches = [reach_both[:, back : back + plan.chunk] for back in range(setup.width)]
+
+    def unmix(rows):
+        d = _before_silu(ref, setup, reach, earlier, rows)
+        dx = d_inputs(d, ref.after[rows, :], reaches, ref.columns[rows, :], later)
+        ref.dx[rows, :] = visible(dx, reach).astype(ref.dx.dtype)
+        both = jnp.concatenate([d, ref.after[rows, :]], axis=1)
+        ref.after[rows, :] = both[:, :LANES]
+
+        @pl.when(near)
+        def _():
+            columns = ref.columns[rows, :]
+            ref.d_past[rows, :] += conv.d_past(both, reach_both, columns, setup.width, first, start)
+
+    conv.for_strips(ref.x, unmix, STRIP)
     if reach_both is not None:
         ref.reach_after[...] = reach_both[:, :LANES]
 
@@ -114,21 +136,14 @@ def _gate(ref: Any, setup: Setup, reach, rows) -> None:
     ref.dz[rows, :] = (d_gated * y * slope).astype(ref.dz.dtype)
 
 
-def _unmix(ref: Any, setup: Setup, reach, reach_both, near, first, start, rows) -> None:
-    """From the cotangent of the convolved x to that of x, of a strip; the sums for taps and bias."""
-    width, columns = setup.width, ref.columns[rows, :]
+def _before_silu(ref: Any, setup: Setup, reach, shift, rows):
+    """Cotangent of the convolution of x, of a strip; the sums for taps and bias."""
     _, slope = silu_and_slope(ref.raw[rows, :])
     d = visible(ref.d[rows, :] * slope, reach)
-    for back, tap in enumerate(taps(ref.before, ref.now, rows, reach, width)):
-        ref.sums[width - 1 - back, rows, :] += conv.fold(d * tap)
-    ref.sums[width, rows, :] += conv.fold(d)
-    both = jnp.concatenate([d, ref.after[rows, :]], axis=1)
-    ref.dx[rows, :] = visible(conv.d_inputs(both, reach_both, columns, width), reach).astype(ref.dx.dtype)
-    ref.after[rows, :] = both[:, :LANES]
-
-    @pl.when(near)
-    def add_d_past():
-        ref.d_past[rows, :] += conv.d_past(both, reach_both, columns, width, first, start)
+    for back, tap in enumerate(taps(ref.before, ref.now, rows, reach, shift)):
+        ref.sums[setup.width - 1 - back, rows, :] += conv.fold(d * tap)
+    ref.sums[setup.width, rows, :] += conv.fold(d)
+    return d
 
 
 def _input_names(setup: Setup) -> tuple[str, ...]:
@@ -231,7 +246,7 @@ def _scratch(setup: Setup, dtype) -> list:
         "y": (block, f32),
         "d": (block, f32),
         "after": (tile, f32),
-        "reach_after": ((conv.strip_of(plan.rows), LANES), jnp.int32),
+        "reach_after": ((conv.strip_of(plan.rows, STRIP), LANES), jnp.int32),
         "sums": ((setup.width + 2, plan.rows, folded), f32),
         "dR": ((plan.rows, plan.d_state), f32),
         "carried": ((plan.block, 1), f32),

@@ -16,11 +16,13 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels import mosaic
 from pallas_kernels.causal_conv1d import tpu_tile as conv
 from pallas_kernels.mamba2.tpu_tile import (
+    STRIP,
     VMEM_LIMIT_BYTES,
     Setup,
     last_tile,
     near_past,
     place_past,
+    shifts,
     silu_and_slope,
     taps,
     visible,
@@ -48,7 +50,7 @@ def _kernel(
 ):
     refs = list(others)
     plan, step = setup.plan, pl.program_id(2)
-    reach = conv.for_strip(refs.pop(0)[...], x_ref) if plan.packed else None
+    reach = conv.for_strip(refs.pop(0)[...], x_ref, STRIP) if plan.packed else None
     counts = refs.pop(0)[...] if plan.packed else None
     gated_ref, squares_ref, final_ref = (refs.pop(0) for _ in range(3))
     starts_ref = refs.pop(0) if save else None
@@ -63,12 +65,14 @@ def _kernel(
     now_ref[...] = x_ref[...]
     pl.when(near_past(first, start, setup))(lambda: place_past(past_ref, before_ref, now_ref, first, start))
 
+    shift = shifts(plan.chunk, setup.width, x_ref.dtype, ahead=False)
+
     def mix(rows):
-        inputs = taps(before_ref, now_ref, rows, reach, setup.width)
+        inputs = taps(before_ref, now_ref, rows, reach, shift)
         mixed, _ = silu_and_slope(conv.before_activation(inputs, columns_ref[rows, :]))
         mixed_ref[rows, :] = visible(mixed, reach).astype(mixed_ref.dtype)
 
-    conv.for_strips(x_ref, mix)
+    conv.for_strips(x_ref, mix, STRIP)
     before_ref[...] = last_tile(now_ref[...])
 
     R = state_ref[...]
@@ -87,7 +91,7 @@ def _kernel(
         gated_ref[rows, :] = gated.astype(gated_ref.dtype)
         sums_ref[...] += gated * gated
 
-    conv.for_strips(x_ref, gate)
+    conv.for_strips(x_ref, gate, STRIP)
     squares_ref[...] = jnp.sum(sums_ref[...], axis=0, keepdims=True)
 
     @pl.when(step == plan.chunks - 1)
@@ -138,7 +142,7 @@ def forward(
             pltpu.VMEM(block, x.dtype),
             pltpu.VMEM(block, x.dtype),
             pltpu.VMEM(block, f32),
-            pltpu.VMEM((conv.strip_of(plan.rows), plan.chunk), f32),
+            pltpu.VMEM((conv.strip_of(plan.rows, STRIP), plan.chunk), f32),
         ],
         vmem_limit_bytes=VMEM_LIMIT_BYTES,
         interpret=plan.interpret,

@@ -14,10 +14,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.causal_conv1d import tpu_tile as conv
-from pallas_kernels.mosaic import LANES, MiB, sigmoid
+from pallas_kernels.mosaic import LANES, MiB, dot, sigmoid
 from pallas_kernels.ssd.tpu_chunk import Plan
 
 VMEM_LIMIT_BYTES = 60 * MiB  # v5p has 64
+STRIP = 128  # channels worked on at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,13 +68,46 @@ def place_past(past_ref, before_ref, now_ref, first, start) -> None:
         window = conv.place(window, past, conv.times(window.shape, start) - first).astype(now_ref.dtype)
         before_ref[rows, :], now_ref[rows, :] = window[:, :LANES], window[:, LANES:]
 
-    conv.for_strips(now_ref, strip)
+    conv.for_strips(now_ref, strip, STRIP)
 
 
-def taps(before_ref, now_ref, rows, reach, width: int):
-    """The chunk's inputs under each tap, float32."""
-    window = jnp.concatenate([before_ref[rows, :], now_ref[rows, :]], axis=1)
-    return conv.taps(window.astype(jnp.float32), reach, width)
+def shifts(chunk: int, width: int, dtype, *, ahead: bool) -> jax.Array:
+    """0-1 matrix [Q + 128, (K-1) Q] whose product with a window is the chunk 1, 2, ... tokens earlier or later.
+
+    The window is a chunk behind the tile before it, or (``ahead``) before the tile after it. Copying through
+    the matrix unit is exact, and much cheaper than shifting lanes: a chunk is a tile or two wide.
+    """
+    shape = (chunk + LANES, (width - 1) * chunk)
+    source, target = (jax.lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (0, 1))
+    by = target // chunk + 1
+    start = by if ahead else LANES - by
+    return (source == target % chunk + start).astype(dtype)
+
+
+def taps(before_ref, now_ref, rows, reach, shift: jax.Array) -> list[jax.Array]:
+    """The chunk's inputs under each tap, the current token's first, float32."""
+    now = now_ref[rows, :]
+    earlier = _split(dot(jnp.concatenate([before_ref[rows, :], now], axis=1), shift, (1, 0)), now.shape[1])
+    taps = [now.astype(jnp.float32), *earlier]
+    return taps if reach is None else [jnp.where(reach > back, tap, 0) for back, tap in enumerate(taps)]
+
+
+def d_inputs(d, after, reaches, columns, shift: jax.Array) -> jax.Array:
+    """Cotangents of a chunk's inputs from those of its convolution, ``d``, and of the 128 tokens ``after``.
+
+    ``reaches``: of the tokens 0, 1, ... later, or None.
+    """
+    both = jnp.concatenate([d, after], axis=1).astype(shift.dtype)
+    width = shift.shape[1] // d.shape[1] + 1
+    dx = d * columns[:, width - 1 : width]
+    for back, later in enumerate(_split(dot(both, shift, (1, 0)), d.shape[1]), 1):
+        seen = later if reaches is None else jnp.where(reaches[back] > back, later, 0)
+        dx += seen * columns[:, width - 1 - back : width - back]
+    return dx
+
+
+def _split(t: jax.Array, size: int) -> list[jax.Array]:
+    return [t[:, i : i + size] for i in range(0, t.shape[1], size)]
 
 
 def visible(t: jax.Array, reach: jax.Array | None) -> jax.Array:
