@@ -76,17 +76,16 @@ class Case:
         return op.call(module, arrays, self.shape, implementation)
 
     def work(self, what: str) -> Work:
-        """Bytes: every input and output once; backward also every cotangent and gradient, and residuals.
+        """Bytes: every input and output once; backward also every input again, cotangent and gradient.
 
-        Residuals are those besides the inputs: SSD's chunk states in float32, written and read.
+        What the forward may leave for the backward (SSD's chunk states) is not counted: it can be recomputed.
         """
         op, given = OPS[self.op], _bytes(self.described())
         out = _bytes(jax.eval_shape(lambda arrays: self.call(arrays, "xla"), self.described()))
         forward = Work(op.flops(self.shape), given + out)
         if what == FORWARD:
             return forward
-        residuals = op.residuals(self.shape) if op.residuals else 0
-        return forward + Work(op.backward_flops(self.shape), 2 * (given + residuals) + out)
+        return forward + Work(op.backward_flops(self.shape), 2 * given + out)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +95,6 @@ class Op:
     Attributes:
         call: ``call(module, arrays, shape, implementation)``.
         flops: forward. backward_flops: of the gradients alone.
-        residuals: bytes that the forward leaves for the backward besides the inputs.
         folder: in ``pallas_kernels``, if it is not the name of the op.
     """
 
@@ -104,7 +102,6 @@ class Op:
     call: Callable[[Any, Arrays, Shape, str | None], Any]
     flops: Callable[[Shape], float]
     backward_flops: Callable[[Shape], float]
-    residuals: Callable[[Shape], float] | None = None
     folder: str = ""
 
 
@@ -201,13 +198,7 @@ _TAPS = _elements("B", "L", "C", "K")
 _PAIRS = _elements("B", "L", "L", "H", "E")
 _POWERS = _elements("H", "N", "L")
 OPS: dict[str, Op] = {
-    "ssd": Op(
-        _ssd_inputs,
-        _by_name("ssd"),
-        _ssd_flops,
-        _ssd_backward,
-        lambda s: 4 * s["B"] * -(-s["L"] // s["Q"]) * s["H"] * s["P"] * s["N"],
-    ),
+    "ssd": Op(_ssd_inputs, _by_name("ssd"), _ssd_flops, _ssd_backward),
     "linear_scan": Op(
         lambda s, dtype: {
             "a": Input((s["B"], s["L"], s["D"]), dtype, 0.9, 1.0),

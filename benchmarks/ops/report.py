@@ -20,7 +20,7 @@ from benchmarks.tables import seconds
 METHOD = (
     "Calls of the ops from the same numbers, compiled ahead; everyone waits for the result of every call. "
     "One process a framework; samples in turns, medians. The bound is the larger of FLOPs at the matmul "
-    "rate and of bytes (every input and output once; backward also cotangents, gradients and chunk states) "
+    "rate and of bytes (every input and output once; backward also inputs again, cotangents, gradients) "
     "at the copy rate."
 )
 ON_CPU = "Both rates were measured on this CPU in this run; what fits its caches can beat the bound."
