@@ -22,14 +22,17 @@ from pallas_kernels.mamba2.tpu_tile import (
     STRIP,
     VMEM_LIMIT_BYTES,
     Setup,
+    before_activation,
     d_inputs,
     last_tile,
     near_past,
     place_past,
     shifts,
     silu_and_slope,
+    strip_of,
     taps,
     visible,
+    widen,
 )
 from pallas_kernels.mosaic import LANES
 from pallas_kernels.ssd.tpu_backward import chunk_gradients, sum_channels, sum_parts
@@ -39,7 +42,7 @@ from pallas_kernels.ssd.tpu_forward import write_output
 INPUTS: tuple[str, ...] = ("first", "x", "z", "d_out", "columns", "past", "scale", "log_decay", "B", "C", "D")
 INPUTS += ("starts", "d_final", "overlap")
 OUTPUTS = ("dx", "dz", "d_columns", "d_past", "d_scale", "d_log_decay", "dB", "dC", "dD", "d_initial")
-SCRATCH = ("now", "before", "mixed", "raw", "y", "d", "after", "reach_after", "sums", "dR", "carried")
+SCRATCH = ("now", "before", "mixed", "raw", "y", "d", "after", "reach_after", "sums", "dR", "carried", "wide")
 
 
 def _kernel(*refs, setup: Setup):
@@ -53,6 +56,7 @@ def _kernel(*refs, setup: Setup):
         ref.dR[...], ref.carried[...] = ref.d_final[...], ref.overlap[...]
         for sums in (ref.dD, ref.sums, ref.after, ref.reach_after, ref.d_past):
             sums[...] = jnp.zeros_like(sums)
+        widen(ref.columns, ref.wide)
 
     @pl.when(step > 0)
     def _():
@@ -78,7 +82,7 @@ def _chunk(ref: Any, setup: Setup, chunk, first) -> None:
 
     def mix(rows):
         inputs = taps(ref.before, ref.now, rows, reach, earlier)
-        raw = conv.before_activation(inputs, ref.columns[rows, :])
+        raw = before_activation(inputs, strip_of(ref.wide, rows))
         mixed, _ = silu_and_slope(raw)
         ref.raw[rows, :] = raw
         ref.mixed[rows, :] = visible(mixed, reach).astype(ref.mixed.dtype)
@@ -106,7 +110,7 @@ def _chunk(ref: Any, setup: Setup, chunk, first) -> None:
 
     def unmix(rows):
         d = _before_silu(ref, setup, reach, earlier, rows)
-        dx = d_inputs(d, ref.after[rows, :], reaches, ref.columns[rows, :], later)
+        dx = d_inputs(d, ref.after[rows, :], reaches, strip_of(ref.wide, rows), later)
         ref.dx[rows, :] = visible(dx, reach).astype(ref.dx.dtype)
         both = jnp.concatenate([d, ref.after[rows, :]], axis=1)
         ref.after[rows, :] = both[:, :LANES]
@@ -128,7 +132,7 @@ def _gate(ref: Any, setup: Setup, reach, rows) -> None:
     d_gated = d_out
     if setup.norm:
         gated, inverse = y * silu, ref.inverse[...]
-        weight = ref.columns[rows, setup.width + 1 :]
+        weight = ref.wide[setup.width + 1, rows, :]
         ref.sums[setup.width + 1, rows, :] += conv.fold(visible(d_out * gated * inverse, reach))
         d_gated = d_out * weight * inverse - gated * ref.pull[...]
     d_gated = visible(d_gated, reach)
@@ -250,5 +254,6 @@ def _scratch(setup: Setup, dtype) -> list:
         "sums": ((setup.width + 2, plan.rows, folded), f32),
         "dR": ((plan.rows, plan.d_state), f32),
         "carried": ((plan.block, 1), f32),
+        "wide": ((setup.width + 2, *block), f32),
     }
     return [pltpu.VMEM(*shapes[name]) for name in SCRATCH]

@@ -19,13 +19,16 @@ from pallas_kernels.mamba2.tpu_tile import (
     STRIP,
     VMEM_LIMIT_BYTES,
     Setup,
+    before_activation,
     last_tile,
     near_past,
     place_past,
     shifts,
     silu_and_slope,
+    strip_of,
     taps,
     visible,
+    widen,
 )
 from pallas_kernels.mosaic import LANES, dot
 from pallas_kernels.ssd.tpu_chunk import by_head, decays, over_channels, through
@@ -54,13 +57,14 @@ def _kernel(
     counts = refs.pop(0)[...] if plan.packed else None
     gated_ref, squares_ref, final_ref = (refs.pop(0) for _ in range(3))
     starts_ref = refs.pop(0) if save else None
-    state_ref, before_ref, now_ref, mixed_ref, y_ref, sums_ref = refs
+    state_ref, before_ref, now_ref, mixed_ref, y_ref, sums_ref, wide_ref = refs
     start, first = step * plan.chunk, first_ref[pl.program_id(0)]
 
     @pl.when(step == 0)
     def _():
         state_ref[...] = initial_ref[...]
         before_ref[...] = jnp.zeros_like(before_ref)
+        widen(columns_ref, wide_ref)
 
     now_ref[...] = x_ref[...]
     pl.when(near_past(first, start, setup))(lambda: place_past(past_ref, before_ref, now_ref, first, start))
@@ -69,7 +73,7 @@ def _kernel(
 
     def mix(rows):
         inputs = taps(before_ref, now_ref, rows, reach, shift)
-        mixed, _ = silu_and_slope(conv.before_activation(inputs, columns_ref[rows, :]))
+        mixed, _ = silu_and_slope(before_activation(inputs, strip_of(wide_ref, rows)))
         mixed_ref[rows, :] = visible(mixed, reach).astype(mixed_ref.dtype)
 
     conv.for_strips(x_ref, mix, STRIP)
@@ -143,6 +147,7 @@ def forward(
             pltpu.VMEM(block, x.dtype),
             pltpu.VMEM(block, f32),
             pltpu.VMEM((conv.strip_of(plan.rows, STRIP), plan.chunk), f32),
+            pltpu.VMEM((setup.width + 2, *block), f32),
         ],
         vmem_limit_bytes=VMEM_LIMIT_BYTES,
         interpret=plan.interpret,

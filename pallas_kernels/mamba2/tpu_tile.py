@@ -72,7 +72,7 @@ def place_past(past_ref, before_ref, now_ref, first, start) -> None:
 
 
 def shifts(chunk: int, width: int, dtype, *, ahead: bool) -> jax.Array:
-    """0-1 matrix [Q + 128, (K-1) Q] whose product with a window is the chunk 1, 2, ... tokens earlier or later.
+    """0-1 matrix [Q + 128, (K-1) Q]: a window times it is the chunk 1, 2, ... tokens earlier or later.
 
     The window is a chunk behind the tile before it, or (``ahead``) before the tile after it. Copying through
     the matrix unit is exact, and much cheaper than shifting lanes: a chunk is a tile or two wide.
@@ -92,18 +92,40 @@ def taps(before_ref, now_ref, rows, reach, shift: jax.Array) -> list[jax.Array]:
     return taps if reach is None else [jnp.where(reach > back, tap, 0) for back, tap in enumerate(taps)]
 
 
+def widen(columns_ref, wide_ref) -> None:
+    """Every column as a block [H*P, Q], once a row: broadcasting along lanes is dear."""
+
+    def strip(rows):
+        for k in range(wide_ref.shape[0]):
+            shape = (columns_ref[rows, :].shape[0], wide_ref.shape[2])
+            wide_ref[k, rows, :] = jnp.broadcast_to(columns_ref[rows, k : k + 1], shape)
+
+    conv.for_strips(columns_ref, strip, STRIP)
+
+
+def before_activation(taps: list[jax.Array], columns: list[jax.Array]) -> jax.Array:
+    """The convolution, bias included, of a strip; ``columns`` as :func:`widen` makes them."""
+    width = len(taps)
+    return sum((tap * columns[width - 1 - back] for back, tap in enumerate(taps)), columns[width])
+
+
 def d_inputs(d, after, reaches, columns, shift: jax.Array) -> jax.Array:
     """Cotangents of a chunk's inputs from those of its convolution, ``d``, and of the 128 tokens ``after``.
 
-    ``reaches``: of the tokens 0, 1, ... later, or None.
+    ``reaches``: of the tokens 0, 1, ... later, or None. ``columns`` as for :func:`before_activation`.
     """
     both = jnp.concatenate([d, after], axis=1).astype(shift.dtype)
     width = shift.shape[1] // d.shape[1] + 1
-    dx = d * columns[:, width - 1 : width]
+    dx = d * columns[width - 1]
     for back, later in enumerate(_split(dot(both, shift, (1, 0)), d.shape[1]), 1):
         seen = later if reaches is None else jnp.where(reaches[back] > back, later, 0)
-        dx += seen * columns[:, width - 1 - back : width - back]
+        dx += seen * columns[width - 1 - back]
     return dx
+
+
+def strip_of(wide_ref, rows) -> list[jax.Array]:
+    """The wide columns of a strip."""
+    return [wide_ref[k, rows, :] for k in range(wide_ref.shape[0])]
 
 
 def _split(t: jax.Array, size: int) -> list[jax.Array]:
