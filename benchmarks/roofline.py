@@ -102,7 +102,9 @@ def _bars(panel: Any, rows: Sequence[Row]) -> None:
     panel.invert_yaxis()
     panel.axvline(1, color="black", linewidth=0.8)
     panel.set(xscale="log", xlabel="least time of the compiled program / bound")
-    panel.set_title("longer of the kernels' cycles and the program's bytes", fontsize=10)
+    panel.set_title(
+        "kernels: the longer of cycles and bytes; xla: bytes alone, its cycles are not known", fontsize=10
+    )
     if known:
         panel.legend(fontsize=8)
 
