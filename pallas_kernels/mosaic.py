@@ -76,3 +76,16 @@ def dot(a: jax.Array, b: jax.Array, contract: tuple[int, int]) -> jax.Array:
 def sigmoid(x: jax.Array) -> jax.Array:
     """The logistic function as one hyperbolic tangent, for which the chip has an instruction."""
     return 0.5 * jnp.tanh(0.5 * x) + 0.5
+
+
+def quotient(a: jax.Array, n: int) -> jax.Array:
+    """``a // n`` of numbers that are not negative.
+
+    Lowering ``//`` and ``%`` asks which chip is there (for the sign), and fails on a host that has none.
+    """
+    return jax.lax.div(a, jnp.full_like(a, n))
+
+
+def remainder(a: jax.Array, n: int) -> jax.Array:
+    """``a % n``, likewise."""
+    return jax.lax.rem(a, jnp.full_like(a, n))

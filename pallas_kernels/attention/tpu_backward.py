@@ -26,7 +26,7 @@ from pallas_kernels.attention.tpu_tile import (
     split_refs,
     within,
 )
-from pallas_kernels.mosaic import LANES, dot, tpu_call
+from pallas_kernels.mosaic import LANES, dot, quotient, remainder, tpu_call
 
 
 def query_gradient(call: Call, span: Span, given: Operands) -> Float[Array, "B H Lq E"]:
@@ -37,7 +37,7 @@ def query_gradient(call: Call, span: Span, given: Operands) -> Float[Array, "B H
         return b, h, i
 
     def keys(b, h, i, j, *span):
-        return b, h // group, within(span, b, i, j)[0]
+        return b, quotient(h, group), within(span, b, i, j)[0]
 
     specs = given.specs(call, own, keys)
     wide = pltpu.VMEM((call.rows, LANES), jnp.float32)
@@ -89,7 +89,7 @@ def key_gradients(
     group, steps = given.q.shape[1] // given.k.shape[1], call.query_steps
 
     def queries(b, h, i, t, *span):
-        return b, h * group + t // steps, within(span, b, i, t % steps)[0]
+        return b, h * group + quotient(t, steps), within(span, b, i, remainder(t, steps))[0]
 
     def own(b, h, i, t, *_):
         return b, h, i
@@ -114,7 +114,7 @@ def key_gradients(
 def _key_kernel(call: Call, places, low, high, *refs):
     own, (dk, dv, *columns) = split_refs(places, refs)
     b, i, t = (pl.program_id(axis) for axis in (0, 2, 3))
-    block, needed = within((low, high), b, i, t % call.query_steps)
+    block, needed = within((low, high), b, i, remainder(t, call.query_steps))
 
     @pl.when(t == 0)
     def start():

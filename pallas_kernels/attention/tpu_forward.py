@@ -27,7 +27,7 @@ from pallas_kernels.attention.tpu_tile import (
     split_refs,
     within,
 )
-from pallas_kernels.mosaic import LANES, dot, tpu_call
+from pallas_kernels.mosaic import LANES, dot, quotient, tpu_call
 
 
 def forward(
@@ -41,7 +41,7 @@ def forward(
         return b, h, i
 
     def keys(b, h, i, j, *span):
-        return b, h // group, within(span, b, i, j)[0]
+        return b, quotient(h, group), within(span, b, i, j)[0]
 
     specs = given.specs(call, own, keys)
     wide = pltpu.VMEM((call.rows, LANES), jnp.float32)

@@ -14,7 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.causal_conv1d import tpu_tile as conv
-from pallas_kernels.mosaic import LANES, MiB, dot, sigmoid
+from pallas_kernels.mosaic import LANES, MiB, dot, quotient, remainder, sigmoid
 from pallas_kernels.ssd.tpu_chunk import Plan
 
 VMEM_LIMIT_BYTES = 60 * MiB  # v5p has 64
@@ -50,7 +50,7 @@ class Setup:
             "past": pl.BlockSpec((None, rows, self.width - 1), lambda b, h, c: (b, h, 0)),
             "row": pl.BlockSpec((None, 1, plan.chunk), lambda b, h, c: (b, 0, at(c))),
             "block_row": pl.BlockSpec(row, lambda b, h, c: (b, h, 0, at(c))),
-            "group_row": pl.BlockSpec(row, lambda b, h, c: (b, h // plan.group_blocks, 0, at(c))),
+            "group_row": pl.BlockSpec(row, lambda b, h, c: (b, quotient(h, plan.group_blocks), 0, at(c))),
         }
 
 
@@ -79,9 +79,9 @@ def shifts(chunk: int, width: int, dtype, *, ahead: bool) -> jax.Array:
     """
     shape = (chunk + LANES, (width - 1) * chunk)
     source, target = (jax.lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (0, 1))
-    by = target // chunk + 1
+    by = quotient(target, chunk) + 1
     start = by if ahead else LANES - by
-    return (source == target % chunk + start).astype(dtype)
+    return (source == remainder(target, chunk) + start).astype(dtype)
 
 
 def taps(before_ref, now_ref, rows, reach, shift: jax.Array) -> list[jax.Array]:

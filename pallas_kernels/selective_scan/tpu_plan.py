@@ -18,7 +18,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.typing import DTypeLike
 
 from pallas_kernels import mosaic, tuning
-from pallas_kernels.mosaic import LANES, SUBLANES, MiB
+from pallas_kernels.mosaic import LANES, SUBLANES, MiB, quotient, remainder
 from pallas_kernels.planes import Planes
 
 BLOCKS = 12 * MiB  # two buffers of what has a row for every token
@@ -148,7 +148,9 @@ class Specs:
     def columns(self) -> pl.BlockSpec:
         """Of [B, G, N, L]."""
         shape = (None, None, self.plan.d_state, self.plan.sizes.tokens)
-        return pl.BlockSpec(shape, lambda b, e, t: (b, e // self.plan.blocks_a_group, 0, self.time(t)))
+        return pl.BlockSpec(
+            shape, lambda b, e, t: (b, quotient(e, self.plan.blocks_a_group), 0, self.time(t))
+        )
 
     def columns_of_block(self) -> pl.BlockSpec:
         """Of [B, G W', N, L]: one for each channel block."""
@@ -181,7 +183,9 @@ def tile_rows(tile: jax.Array) -> slice | pl.Slice:
 def strip(tile: jax.Array) -> tuple[slice | pl.Slice, jax.Array]:
     """The 128 lanes in which a tile's tokens have their columns, and where among them."""
     tiles = LANES // SUBLANES
-    return pl.ds(pl.multiple_of(tile // tiles * LANES, LANES), LANES), tile % tiles * SUBLANES
+    return pl.ds(pl.multiple_of(quotient(tile, tiles) * LANES, LANES), LANES), remainder(
+        tile, tiles
+    ) * SUBLANES
 
 
 def spread(pairs: list[tuple], tiles) -> None:
