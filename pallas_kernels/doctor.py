@@ -236,7 +236,7 @@ def show(checks: Sequence[Check], choices: Sequence[Choice]) -> None:
     from rich.text import Text
 
     colours = {"equal": "green", "differs": "red", "fails": "red", "refuses": "yellow", "elsewhere": ""}
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 160)  # a file is as wide as the tables
     title = f"Implementations on this host ({_here()}, jax {jax.__version__}), beside the reference"
     table = Table(title=title, title_justify="left", title_style="bold")
     for column in ("op", "implementation", "", "values", "gradients", "at most", "s", "lowers", "note"):

@@ -19,7 +19,8 @@ __all__ = ["Form", "Inputs", "Weights", "gated_ssd"]
 IMPLEMENTATIONS: dict[str, Callable | Kernel] = {
     "reference": functools.partial(unfused.gated_ssd, implementation="reference"),
     "xla": functools.partial(unfused.gated_ssd, implementation="xla"),
-    "pallas_tpu": Kernel(tpu.gated_ssd, tpu.unsupported, "tpu", automatic=True),
+    # By name only: by the compiler's schedule its forward beats the chain of kernels, its backward does not.
+    "pallas_tpu": Kernel(tpu.gated_ssd, tpu.unsupported, "tpu"),
     "interpret": Kernel(
         functools.partial(tpu.gated_ssd, interpret=True), functools.partial(tpu.unsupported, interpret=True)
     ),
@@ -61,15 +62,15 @@ def gated_ssd(
     """
     _check(inputs, weights, form)
     args = (inputs, weights, dict(conv_state or NOTHING), initial_state, segment_ids, form)
-    # Where nothing fused can run, each op of the chain chooses for itself.
+    # Where nothing fused runs, each op of the chain chooses for itself.
     each = functools.partial(unfused.gated_ssd, implementation=implementation)
     mesh = spmd.active_mesh()
     if mesh is not None:
         alone = mesh.shape[spmd.TENSOR] == mesh.shape[spmd.SEQUENCE] == 1
         batch = spmd.axes_dividing(mesh, spmd.BATCH, inputs.x.shape[0])
         return _over_rows(implementation, mesh, batch, args) if alone and batch else each(*args)
-    fused = tpu.unsupported(*args) is None
-    return resolve("gated_ssd", implementation, IMPLEMENTATIONS | ({} if fused else {"xla": each}))(*args)
+    available = IMPLEMENTATIONS | ({"xla": each} if implementation is None else {})
+    return resolve("gated_ssd", implementation, available)(*args)
 
 
 def _over_rows(implementation: str | None, mesh, batch, args):

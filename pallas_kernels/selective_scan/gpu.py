@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Inexact, Int
 from pallas_kernels.mosaic_gpu import THREADS
 from pallas_kernels.selective_scan.gpu_kernels import TOKENS, backward, forward
 
-MIN_STATE = 4  # a row of 16 bytes, the least that is copied
+MIN_STATE = 8  # with fewer, a tile of 128 / N tokens would not fit into shared memory
 MAX_STATE = 64
 
 

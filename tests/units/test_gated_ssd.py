@@ -187,7 +187,10 @@ def test_compiles_for_tpu(chip, heads, groups, packed):
     def run(inputs, weights, past, state, ids, dy):
         def op(inputs, weights, past, state):
             states = {"conv_state": past, "initial_state": state}
-            return gated_ssd(inputs, weights, Form(groups), **states, segment_ids=ids)[0]
+            y, *_ = gated_ssd(
+                inputs, weights, Form(groups), **states, segment_ids=ids, implementation="pallas_tpu"
+            )
+            return y
 
         y, vjp = jax.vjp(op, inputs, weights, past, state)
         return y, vjp(dy)
