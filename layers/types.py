@@ -36,8 +36,8 @@ class Context:
         key: PRNG key for dropout and the like, or None.
         deterministic: no dropout (static).
         sequence_axis: mesh axis along which time is sharded, or None (static).
-        sequence_layout: order of the tokens along that axis, "contiguous" or "zigzag" (``time_order``; static).
-            Values, positions and ids have been arranged: a layer that asks what comes before a token by its
+        sequence_layout: order of the tokens along that axis, "contiguous" or "zigzag" (``time_order``;
+            static). Values, positions and ids have been arranged: a layer that asks what comes before a token by its
             index, and not through an op, uses :meth:`count`.
     """
 

@@ -101,8 +101,8 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     On several TPU slices ``data`` is laid across them, so that only its gradient reduction leaves a slice.
 
     Raises:
-        ValueError: the axes do not multiply to the number of devices, or ``data`` to that of slices; an unknown
-            ``sequence_layout``.
+        ValueError: the axes do not multiply to the number of devices, or ``data`` to that of slices; an
+            unknown ``sequence_layout``.
     """
     if config.sequence_layout not in PIECES:
         raise ValueError(
