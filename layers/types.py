@@ -37,8 +37,8 @@ class Context:
         deterministic: no dropout (static).
         sequence_axis: mesh axis along which time is sharded, or None (static).
         sequence_layout: order of the tokens along that axis, "contiguous" or "zigzag" (``time_order``;
-            static). Values, positions and ids have been arranged: a layer that asks what comes before a token by its
-            index, and not through an op, uses :meth:`count`.
+            static). Values, positions and ids have been arranged: a layer that asks what comes before a
+            token by its index, and not through an op, uses :meth:`count`.
     """
 
     positions: Int[Array, "B L"]
