@@ -104,10 +104,6 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
         ValueError: the axes do not multiply to the number of devices, or ``data`` to that of slices; an
             unknown ``sequence_layout``.
     """
-    if config.sequence_layout not in PIECES:
-        raise ValueError(
-            f"mesh.sequence_layout={config.sequence_layout!r} is unknown; use one of {sorted(PIECES)}."
-        )
     devices = list(jax.devices() if devices is None else devices)
     shape = mesh_shape(config, len(devices))
     slices = len({getattr(d, "slice_index", 0) for d in devices})
@@ -126,6 +122,10 @@ def mesh_shape(config: MeshConfig, device_count: int) -> tuple[int, int, int, in
     Raises:
         ValueError: as :func:`make_mesh`.
     """
+    if config.sequence_layout not in PIECES:
+        raise ValueError(
+            f"mesh.sequence_layout={config.sequence_layout!r} is unknown; use one of {sorted(PIECES)}."
+        )
     sizes = [getattr(config, axis) for axis in AXES]
     asked = ", ".join(f"mesh.{axis}={size}" for axis, size in zip(AXES, sizes))
     if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
