@@ -219,12 +219,22 @@ def collectives(compiled):
     widths = {"f32": 4, "s32": 4, "u32": 4, "bf16": 2, "pred": 1, "c64": 8}
     found = re.findall(rf"= (.*?) ({'|'.join(COLLECTIVES)})(?:-start)?\((.*)", compiled.as_text())
     for result, kind, rest in found:
-        if re.search(r"replica_groups=\{\{\d+\}", rest):
+        if _alone(rest):
             continue
         counts[kind] += 1
         for dtype, shape in re.findall(r"(\w+)\[([\d,]*)\]", result):
             size += widths[dtype] * int(np.prod([int(n) for n in shape.split(",") if n]))
     return {kind: n for kind, n in counts.items() if n}, size
+
+
+def _alone(attributes):
+    """Whether the groups of a collective are of one device: written in full, or over axes of a mesh."""
+    if re.search(r"replica_groups=\{\{\d+\}", attributes):
+        return True
+    if not (found := re.search(r"replica_groups=mesh\[(.*?)\] \{(.*?)\}", attributes)):
+        return False
+    sizes = dict(re.findall(r"'(\w+)'=(\d+)", found[1]))
+    return all(sizes[axis] == "1" for axis in re.findall(r"'(\w+)'", found[2]))
 
 
 @pytest.fixture(scope="module")
