@@ -29,7 +29,8 @@ quickstart: install
 	$(BIN)/python train.py --config=configs/quickstart.py --workdir=runs/quickstart
 
 test: install lint types $(VENV)/.installed-aot
-	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not aot"
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m aot  # libtpu in processes of its own
 
 lint: install
 	$(BIN)/ruff format --check .

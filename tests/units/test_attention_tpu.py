@@ -111,6 +111,7 @@ def test_no_races_and_no_memory_that_nobody_wrote():
     jax.tree.map(lambda g, w: np.testing.assert_allclose(g, w, atol=1e-4), gradients, want)
 
 
+@pytest.mark.aot
 @pytest.mark.skipif(aot.unavailable() is not None, reason=str(aot.unavailable()))
 @pytest.mark.parametrize("chip", aot.TOPOLOGIES)
 def test_compiles(chip):

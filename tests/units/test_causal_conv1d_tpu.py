@@ -98,6 +98,7 @@ def test_what_it_does_not_take_is_named():
         causal_conv1d(**inputs(8, width=200), implementation="interpret")
 
 
+@pytest.mark.aot
 @pytest.mark.skipif(aot.unavailable() is not None, reason=str(aot.unavailable()))
 @pytest.mark.parametrize(
     "chip, channels, length, packed, dtype",

@@ -159,6 +159,7 @@ def test_what_does_not_fit_is_named():
 
 
 @pytest.mark.slow
+@pytest.mark.aot
 @pytest.mark.skipif(aot.unavailable() is not None, reason=str(aot.unavailable()))
 @pytest.mark.parametrize(
     "chip, heads, groups, packed", [("v5e", 24, 1, False), ("v5p", 80, 1, True), ("v6e", 128, 8, False)]

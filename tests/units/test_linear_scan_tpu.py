@@ -105,6 +105,7 @@ def test_what_it_does_not_take_is_named():
             linear_scan(**args, implementation="interpret")
 
 
+@pytest.mark.aot
 @pytest.mark.skipif(aot.unavailable() is not None, reason=str(aot.unavailable()))
 @pytest.mark.parametrize(
     "chip, kind, length, channels, reverse",

@@ -115,6 +115,7 @@ def test_what_it_does_not_take_is_named():
     assert reason == "B and C have 2 and 4 groups; repeat the fewer to as many as the others"
 
 
+@pytest.mark.aot
 @pytest.mark.skipif(aot.unavailable() is not None, reason=str(aot.unavailable()))
 @pytest.mark.parametrize(
     "chip, kind, channels, d_state, length, packed",

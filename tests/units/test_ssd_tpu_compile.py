@@ -6,7 +6,10 @@ from benchmarks import static_cases, static_cycles
 from pallas_kernels import tuning
 from runtime import aot
 
-pytestmark = pytest.mark.skipif(aot.unavailable() is not None, reason=str(aot.unavailable()))
+pytestmark = [
+    pytest.mark.aot,
+    pytest.mark.skipif(aot.unavailable() is not None, reason=str(aot.unavailable())),
+]
 # Mamba-2 of 130M and 2.7B parameters, and the 8B hybrid.
 PUBLISHED = {"130m": {"heads": 24}, "2.7b": {"heads": 80}, "8b": {"heads": 128, "groups": 8}}
 

@@ -47,6 +47,7 @@ def test_a_loop_of_unknown_length_counts_once():
     assert kernel.unknown_loops == 1 and kernel.cycles == 3 + 10 * 14
 
 
+@pytest.mark.aot
 @pytest.mark.skipif(aot.unavailable() is not None, reason=str(aot.unavailable()))
 def test_a_program_that_does_not_compile_says_why():
     with pytest.raises(RuntimeError, match="(?s)does not compile for v5e.*B has 3 groups for 8 heads"):
