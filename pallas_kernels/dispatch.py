@@ -32,8 +32,8 @@ class Kernel:
         unsupported: of the same arguments, why ``run`` cannot take them (the rule, the value, what would
             work), or None.
         platform: "tpu" or "cuda" as in ``jax.jit(...).lower(lowering_platforms=...)``; None for any.
-        automatic: whether ``implementation=None`` takes it on its platform. A kernel that has not yet run on
-            hardware, equal to its reference and faster than ``xla``, is taken by name only.
+        automatic: whether ``implementation=None`` takes it on its platform. A kernel for GPU is taken by name
+            only until it has run on one, equal to its reference and faster than ``xla``.
     """
 
     run: Callable

@@ -1,6 +1,6 @@
 """Compile for a TPU on a machine that has none: libtpu's compiler against a described topology.
 
-Needs the ``libtpu`` wheel (``pip install 'longspan[tpu]'`` brings it; Linux). Nothing is executed; what comes
+Needs the ``libtpu`` wheel (``pip install -e '.[aot]'`` brings it; Linux). Nothing is executed; what comes
 back is the compiled program with its HLO, memory and costs.
 """
 
@@ -23,7 +23,7 @@ def unavailable() -> str | None:
     """Why nothing can be compiled for TPU here, or None."""
     if os.environ.get("TPU_LIBRARY_PATH") or importlib.util.find_spec("libtpu"):
         return None
-    return "libtpu is not installed (a Linux x86-64 wheel: pip install libtpu)"
+    return "libtpu is not installed (a Linux x86-64 wheel: pip install -e '.[aot]')"
 
 
 @functools.cache

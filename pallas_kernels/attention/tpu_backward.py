@@ -22,6 +22,7 @@ from pallas_kernels.attention.tpu_tile import (
     as_column,
     columns_of,
     logits,
+    query_walk,
     scores,
     split_refs,
     within,
@@ -31,15 +32,7 @@ from pallas_kernels.mosaic import LANES, dot, quotient, remainder, tpu_call
 
 def query_gradient(call: Call, span: Span, given: Operands) -> Float[Array, "B H Lq E"]:
     """dq in float32: a block of queries walks over keys, as in the forward."""
-    group = given.q.shape[1] // given.k.shape[1]
-
-    def own(b, h, i, j, *_):
-        return b, h, i
-
-    def keys(b, h, i, j, *span):
-        return b, quotient(h, group), within(span, b, i, j)[0]
-
-    specs = given.specs(call, own, keys)
+    specs = given.specs(call, *query_walk(given))
     wide = pltpu.VMEM((call.rows, LANES), jnp.float32)
     (dq,) = tpu_call(
         functools.partial(_query_kernel, call, jax.tree.structure(given)),

@@ -23,11 +23,12 @@ from pallas_kernels.attention.tpu_tile import (
     as_column,
     columns_of,
     logits,
+    query_walk,
     scores,
     split_refs,
     within,
 )
-from pallas_kernels.mosaic import LANES, dot, quotient, tpu_call
+from pallas_kernels.mosaic import LANES, dot, tpu_call
 
 
 def forward(
@@ -35,15 +36,7 @@ def forward(
 ) -> tuple[Float[Array, "B H Lq E"], Float[Array, "B H 1 Lq"]]:
     """Output in ``call.out_dtype`` and log-sum-exp in float32. ``span``: the keys of every query block."""
     batch, heads, length, width = given.q.shape
-    group = heads // given.k.shape[1]
-
-    def own(b, h, i, j, *_):
-        return b, h, i
-
-    def keys(b, h, i, j, *span):
-        return b, quotient(h, group), within(span, b, i, j)[0]
-
-    specs = given.specs(call, own, keys)
+    specs = given.specs(call, *query_walk(given))
     wide = pltpu.VMEM((call.rows, LANES), jnp.float32)
     out, lse = tpu_call(
         functools.partial(_kernel, call, jax.tree.structure(given)),

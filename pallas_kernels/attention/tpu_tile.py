@@ -17,7 +17,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.attention.sources import Mask, Tokens, may_meet
-from pallas_kernels.mosaic import LANES, Interpret, dot
+from pallas_kernels.mosaic import LANES, Interpret, dot, quotient
 
 
 class Rows(NamedTuple):
@@ -223,6 +223,19 @@ class Operands(NamedTuple):
             None if self.lse is None else by_row,
             None if self.delta is None else by_row,
         )
+
+
+def query_walk(given: Operands) -> tuple[Callable, Callable]:
+    """Indices for :meth:`Operands.specs` where each block of queries walks over its blocks of keys."""
+    group = given.q.shape[1] // given.k.shape[1]
+
+    def own(b, h, i, j, *_):
+        return b, h, i
+
+    def keys(b, h, i, j, *span):
+        return b, quotient(h, group), within(span, b, i, j)[0]
+
+    return own, keys
 
 
 def columns_of(rows: Rows, size: int) -> list:

@@ -75,7 +75,7 @@ class Plan:
             return self.chunks - 1 - c if reverse else c
 
         def group(b, h, c):
-            g = jax.lax.div(h, self.group_blocks)  # "//" asks for the sign, and so for a TPU at hand
+            g = mosaic.quotient(h, self.group_blocks)
             return (b, 0, at(c), g) if self.flat_groups else (b, g, at(c), 0)
 
         return {
