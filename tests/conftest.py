@@ -21,6 +21,17 @@ import pytest  # noqa: E402
 jax.config.update("jax_default_matmul_precision", "highest")
 
 GOLDEN = ROOT / "tests" / "golden"
+MAPS = pathlib.Path("/proc/self/maps")  # Linux only
+MAX_MAPS = 20_000  # Linux lets a process have 65,530 (vm.max_map_count)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def room_for_programs():
+    """Forget compiled programs once there are many: each holds several memory maps, and when the system
+    refuses another one LLVM aborts the process, in whatever test that is."""
+    yield
+    if MAPS.exists() and MAPS.read_bytes().count(b"\n") > MAX_MAPS:
+        jax.clear_caches()
 
 
 @pytest.fixture
