@@ -31,6 +31,8 @@ def selective_scan(
 ) -> tuple[Float[Array, "B L E"], Inexact[Array, "B E N"]]:
     """Same contract as ``reference.selective_scan``; any L (padded to whole chunks with dt = 0)."""
     length = x.shape[1]
+    if length == 1:
+        return _one_token(x, dt, A, B, C, initial_state)
     chunk = min(CHUNK, length)
     padding = -length % chunk
     resets = None if runs is None else jnp.diff(runs, axis=1, prepend=0) != 0
@@ -48,29 +50,48 @@ def selective_scan(
     return jnp.moveaxis(y, 0, 1).reshape(x.shape[0], -1, x.shape[2])[:, :length], final_state
 
 
+def _one_token(x, dt, A, B, C, state) -> tuple[jax.Array, jax.Array]:
+    """Decoding. A single token always belongs to the incoming state (or is padding, and changes nothing).
+
+    Apart from the chunks, because states in rows of E*N cost XLA for TPU a second pass over them.
+    """
+    x, dt, B, C = (t[:, 0] if t.ndim > 2 else t for t in (x, dt, B, C))
+    decay, written = _decay_and_input(x, dt, A, B, state.dtype)
+    h = decay * state + written
+    return _read(h, C)[:, None], h
+
+
 def _chunk(A, state, *, x, dt, B, C, resets) -> tuple[jax.Array, jax.Array]:
     """State after a chunk, and its y [B, Q, E]."""
-    dtype = state.dtype
-    x, dt = x.astype(state.real.dtype), dt.astype(state.real.dtype)
-    A, B, C = (t.astype(dtype) for t in (A, B, C))
-    batch, chunk, channels = x.shape
-    decay = jnp.exp(_product("bqe,en->bqen", dt.astype(dtype), A))
+    decay, written = _decay_and_input(x, dt, A, B, state.dtype)
     if resets is not None:
         decay = jnp.where(resets[..., None, None], 0, decay)
+    rows = (t.reshape(*x.shape[:2], -1) for t in (decay, written))
+    h, last = linear.linear_scan(*rows, state.reshape(x.shape[0], -1))
+    return last.reshape(state.shape), _read(h.reshape(decay.shape), C)
+
+
+def _decay_and_input(x, dt, A, B, dtype) -> tuple[jax.Array, jax.Array]:
+    """exp(dt A) and dt x B [..., E, N] in the state's dtype; B is [..., G, N] or [E, N]."""
+    A, B = A.astype(dtype), B.astype(dtype)
+    x, dt = (t.astype(jnp.finfo(dtype).dtype) for t in (x, dt))
     u = (dt * x).astype(dtype)
-    if B.ndim == 4:
-        groups = B.shape[2]
-        written = _product("bqgk,bqgn->bqgkn", u.reshape(batch, chunk, groups, -1), B)
+    decay = jnp.exp(_product("...e,en->...en", dt.astype(dtype), A))
+    if B.ndim == 2:
+        return decay, _product("...e,en->...en", u, B)
+    by_group = u.reshape(*u.shape[:-1], B.shape[-2], -1)
+    return decay, _product("...gk,...gn->...gkn", by_group, B).reshape(decay.shape)
+
+
+def _read(h: Inexact[Array, "*t E N"], C) -> Float[Array, "*t E"]:
+    """y of states, in their own precision."""
+    C = C.astype(h.dtype)
+    if C.ndim == 2:
+        y = _product("...en,en->...e", h, C)
     else:
-        written = _product("bqe,en->bqen", u, B)
-    rows = (t.reshape(batch, chunk, -1) for t in (decay, written))
-    h, state = linear.linear_scan(*rows, state.reshape(batch, -1))
-    if C.ndim == 4:
-        y = _product("bqgkn,bqgn->bqgk", h.reshape(batch, chunk, C.shape[2], -1, C.shape[3]), C)
-    else:
-        y = _product("bqen,en->bqe", h.reshape(batch, chunk, *C.shape), C)
-    y = y.reshape(x.shape)
-    return state.reshape(batch, channels, -1), 2 * y.real if jnp.iscomplexobj(y) else y
+        by_group = h.reshape(*h.shape[:-2], C.shape[-2], -1, h.shape[-1])
+        y = _product("...gkn,...gn->...gk", by_group, C).reshape(h.shape[:-1])
+    return 2 * y.real if jnp.iscomplexobj(y) else y
 
 
 _product = functools.partial(jnp.einsum, precision="highest")  # exponents and states: never below float32
