@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,7 +16,7 @@ from layers.param import Initializer, normal, uniform_fan_in
 from layers.types import Context, State
 from models import pattern as patterns
 from models.config import ClassifierConfig, LMConfig
-from models.registry import KINDS
+from models.registry import KINDS, Kind
 from pallas_kernels import spmd, time_order
 
 # What the backward pass recomputes, one sub-layer at a time. "none" keeps every intermediate, "dots" keeps
@@ -36,8 +36,8 @@ UNROLLED = 4
 class SubLayer(nnx.Module):
     """``x + mixer(norm(x))``."""
 
-    def __init__(self, symbol: str, config: LMConfig, *, rngs: nnx.Rngs):
-        kind = KINDS[symbol]
+    def __init__(self, symbol: str, config: LMConfig, *, rngs: nnx.Rngs, kinds: Mapping[str, Kind] = KINDS):
+        kind = kinds[symbol]
         self.dtype = config.dtype
         self.norm = NORMS[config.norm](config.d_model, eps=config.norm_eps)
         init, out_init = initializers(config)
@@ -68,11 +68,19 @@ class Run(nnx.Module):
     More than ``UNROLLED`` are scanned.
     """
 
-    def __init__(self, unit: str, repeats: int, config: LMConfig, *, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        unit: str,
+        repeats: int,
+        config: LMConfig,
+        *,
+        rngs: nnx.Rngs,
+        kinds: Mapping[str, Kind] = KINDS,
+    ):
         self.repeats, self.remat = repeats, config.remat
 
         def build(rngs: nnx.Rngs) -> nnx.List:
-            return nnx.List([SubLayer(symbol, config, rngs=rngs) for symbol in unit])
+            return nnx.List([SubLayer(symbol, config, rngs=rngs, kinds=kinds) for symbol in unit])
 
         if repeats == 1:
             self.layers = build(rngs)
@@ -115,10 +123,14 @@ class Run(nnx.Module):
 
 
 class Backbone(nnx.Module):
-    """The runs of ``config.layers`` one after another; state is a list with one entry per run."""
+    """The runs of ``config.layers`` one after another; state is a list with one entry per run.
 
-    def __init__(self, config: LMConfig, *, rngs: nnx.Rngs):
-        self.runs = nnx.List([Run(unit, n, config, rngs=rngs) for unit, n in patterns.runs(config.layers)])
+    ``kinds``: what its symbols stand for.
+    """
+
+    def __init__(self, config: LMConfig, *, rngs: nnx.Rngs, kinds: Mapping[str, Kind] = KINDS):
+        runs = patterns.runs(config.layers)
+        self.runs = nnx.List([Run(unit, n, config, rngs=rngs, kinds=kinds) for unit, n in runs])
 
     def init_state(self, batch: int, max_len: int) -> list[list[State]]:
         return [run.init_state(batch, max_len) for run in self.runs]

@@ -32,9 +32,12 @@ class LM(nnx.Module):
             max_positions=config.max_positions,
             init=embedding_std,
         )
-        self.backbone = Backbone(config, rngs=rngs)
+        self.backbone = self._make_backbone(rngs)
         self.norm = NORMS[config.norm](config.d_model, eps=config.norm_eps)
         self.head = None if config.tie_embeddings else self._make_head(rngs, embedding_std)
+
+    def _make_backbone(self, rngs: nnx.Rngs) -> Backbone:
+        return Backbone(self.config, rngs=rngs)
 
     def _make_head(self, rngs: nnx.Rngs, init: Initializer) -> Linear:
         sizes, axes = (self.config.d_model, self.config.padded_vocab_size), ("embed", "vocab_out")
