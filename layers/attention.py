@@ -134,13 +134,19 @@ class Attention(nnx.Module):
         return 2.0 * self.d_model * widths + 4.0 * self.heads * self.head_dim * seen
 
     def _project(self, x: Array, ctx: Context) -> tuple[Array, Array, Array]:
+        q, k, v = self._heads(x)
+        return self._rotate(q, ctx.positions), self._rotate(k, ctx.positions), v
+
+    def _heads(self, x: Array) -> tuple[Array, Array, Array]:
+        """Queries, keys and values by head, without positions."""
         batch, length, _ = x.shape
         q, k, v = (p(x).reshape(batch, length, -1, self.head_dim) for p in (self.q, self.k, self.v))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        if self.config.position == "rope":
-            q, k = (apply_rope(t, ctx.positions, self.config.rope) for t in (q, k))
         return q, k, v
+
+    def _rotate(self, x: Array, positions: Array) -> Array:
+        return apply_rope(x, positions, self.config.rope) if self.config.position == "rope" else x
 
     def _attend(self, q: Array, sources: list[Source], ctx: Context) -> Array:
         c = self.config
@@ -188,29 +194,45 @@ class Attention(nnx.Module):
 
     def _write(self, state: State, before: Array, k: Array, v: Array, ctx: Context) -> State:
         """The cache after a piece: the tokens of its last segment, after ``before`` [B] if it was carried."""
-        batch, length = k.shape[:2]
         slots = state["k"].shape[1]
-        ids = jnp.ones((batch, length), jnp.int32) if ctx.segment_ids is None else ctx.segment_ids
-        last = ids.max(axis=1, keepdims=True)
-        kept: Bool[Array, "B L"] = (ids == last) & (ids != 0)
-        first = jnp.where(last > 1, 0, before[:, None])
-        number = first + ctx.count(kept) - 1
-        total = first[:, 0] + kept.sum(axis=1, dtype=jnp.int32)
-        slot = number
-        if self._wraps(slots):
-            kept, slot = kept & (number >= total[:, None] - slots), number % slots
-        else:
-            _refuse_overflow(total, slots)
-        slot = jnp.where(kept, slot, slots)  # out of bounds is dropped
-        rows = jnp.arange(batch)[:, None]
-        written = {
-            name: state[name].at[rows, slot].set(new.astype(state[name].dtype), mode="drop")
-            for name, new in (("k", k), ("v", v))
-        }
-        return {**written, "length": total}
+        slot, total = cache_slots(before, ctx, k.shape[1], slots, ring=self._wraps(slots))
+        if not self._wraps(slots):
+            refuse_overflow(total, slots)
+        return {"k": store(state["k"], slot, k), "v": store(state["v"], slot, v), "length": total}
 
 
-def _refuse_overflow(total: Array, slots: int) -> None:
+def cache_slots(
+    before: Int[Array, " B"], ctx: Context, length: int, slots: int, *, ring: bool
+) -> tuple[Int[Array, "B L"], Int[Array, " B"]]:
+    """Slot of each token of a piece in a cache of its last segment, and that segment's tokens so far.
+
+    Args:
+        before: tokens of segment 1 so far.
+        ctx, length: of the piece.
+        slots, ring: of the cache: a ring keeps the last ``slots`` tokens, number n in slot n % slots. What is
+            not kept gets the slot ``slots``, which :func:`store` drops.
+    """
+    ids = jnp.ones((before.shape[0], length), jnp.int32) if ctx.segment_ids is None else ctx.segment_ids
+    last = ids.max(axis=1, keepdims=True)
+    kept: Bool[Array, "B L"] = (ids == last) & (ids != 0)
+    first = jnp.where(last > 1, 0, before[:, None])
+    number = first + ctx.count(kept) - 1
+    total = first[:, 0] + kept.sum(axis=1, dtype=jnp.int32)
+    slot = number
+    if ring:
+        kept, slot = kept & (number >= total[:, None] - slots), number % slots
+    return jnp.where(kept, slot, slots), total
+
+
+def store(
+    cache: Float[Array, "B M K E"], slot: Int[Array, "B L"], new: Float[Array, "B L K E"]
+) -> Float[Array, "B M K E"]:
+    """``cache`` with ``new`` in its slots; a slot that does not exist drops it."""
+    rows = jnp.arange(cache.shape[0])[:, None]
+    return cache.at[rows, slot].set(new.astype(cache.dtype), mode="drop")
+
+
+def refuse_overflow(total: Array, slots: int) -> None:
     """Raises ValueError if a cache is too short, where that can be known: not under ``jit``."""
     if isinstance(total, jax.core.Tracer):
         return

@@ -128,8 +128,8 @@ def _check(q: Array, sources: tuple[Source, ...], q_segment_ids: Array | None, b
             )
         if source.kv_segment_ids is not None and q_segment_ids is None:
             raise ValueError(f"{name}.kv_segment_ids is given without q_segment_ids; pass both.")
-        per_token = {"q_positions": length, "kv_positions": keys[1], "kv_segment_ids": keys[1]}
-        for field, expected in per_token.items():
+        of_keys = ("kv_positions", "kv_segment_ids", "kv_window_positions")
+        for field, expected in {"q_positions": length, **dict.fromkeys(of_keys, keys[1])}.items():
             value = getattr(source, field)
             if value is not None and value.shape != (batch, expected):
                 raise ValueError(f"{name}.{field} is {value.shape}, expected {(batch, expected)}.")

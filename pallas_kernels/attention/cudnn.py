@@ -27,7 +27,8 @@ def unsupported(
 ) -> str | None:
     """Why this call cannot run here, or None."""
     source, width = sources[0], q.shape[-1]
-    per_token = (source.q_positions, source.kv_positions, source.kv_length, q_segment_ids, bias)
+    places = (source.q_positions, source.kv_positions, source.kv_window_positions)
+    per_token = (*places, source.kv_length, q_segment_ids, bias)
     problems = {
         "no GPU on this machine": jax.default_backend() != "gpu",
         "more than one key source": len(sources) > 1,

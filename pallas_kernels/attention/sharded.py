@@ -54,7 +54,8 @@ def attention(
         for source, fields, pick_head, on_ring in zip(sources, arrays, shared, rings):
             fields, tokens = dict(fields), Tokens()
             if on_ring:
-                tokens = Tokens(fields.pop("kv_positions"), fields.pop("kv_segment_ids"))
+                positions, ids = fields.pop("kv_positions"), fields.pop("kv_segment_ids")
+                tokens = Tokens(positions, ids, None, fields.pop("kv_window_positions"))
             ring_tokens.append(tokens)
             part = Source(**fields, mask=source.mask)
             if pick_head:
@@ -83,8 +84,8 @@ def attention(
         tokens = PartitionSpec(batch, time if on_ring else None)
         kv = PartitionSpec(*tokens, None if pick_head else spmd.TENSOR)
         by_row = PartitionSpec(batch)  # what is known of the keys is whole on every device, on the ring too
-        specs = {"k": kv, "v": kv, "kv_positions": by_row, "kv_segment_ids": by_row, "kv_length": by_row}
-        return {**specs, "q_positions": PartitionSpec(batch, time)}
+        known = ("kv_positions", "kv_segment_ids", "kv_window_positions", "kv_length")
+        return {"k": kv, "v": kv, **dict.fromkeys(known, by_row), "q_positions": PartitionSpec(batch, time)}
 
     specs = [source_specs(*x) for x in zip(rings, shared)]
     arrays = [{name: getattr(source, name) for name in spec} for source, spec in zip(sources, specs)]

@@ -23,7 +23,8 @@ class Mask:
     Attributes:
         causal: keys at or before the query, ``k <= q``.
         window: the last ``window`` keys including the query's own, ``q - k < window`` (it does not bound the
-            future: combine it with ``causal``).
+            future: combine it with ``causal``). A source can measure it to another place than the key's own,
+            see ``Source.kv_window_positions``.
 
     A new predicate is a new field here, one line in :meth:`sees` and one in :meth:`may_see`.
     """
@@ -42,18 +43,27 @@ class Mask:
         """Whether positions matter."""
         return self.causal or self.window is not None
 
-    def sees(self, q: Int[Array, "#B Lq"], k: Int[Array, "#B Lk"]) -> Bool[Array, "_ Lq Lk"]:
-        """The predicate on every pair of positions."""
+    def sees(
+        self,
+        q: Int[Array, "#B Lq"],
+        k: Int[Array, "#B Lk"],
+        k_window: Int[Array, "#B Lk"] | None = None,
+    ) -> Bool[Array, "_ Lq Lk"]:
+        """The predicate on every pair of positions; the window is measured to ``k_window`` (None: ``k``)."""
         distance = q[:, :, None] - k[:, None, :]
         seen = jnp.ones(distance.shape, bool)
         if self.causal:
             seen &= distance >= 0
         if self.window is not None:
-            seen &= distance < self.window
+            reach = distance if k_window is None else q[:, :, None] - k_window[:, None, :]
+            seen &= reach < self.window
         return seen
 
     def may_see(self, q_low: Array, q_high: Array, k_low: Array, k_high: Array) -> Array:
-        """Whether a query position in [q_low, q_high] can see a key position in [k_low, k_high]."""
+        """Whether a query position in [q_low, q_high] can see a key position in [k_low, k_high].
+
+        ``k_high`` is the largest position that the window is measured to, where that is another.
+        """
         seen = jnp.ones(jnp.broadcast_shapes(q_low.shape, k_low.shape), bool)
         if self.causal:
             seen &= k_low <= q_high
@@ -74,6 +84,8 @@ class Source:
             neither sees nor is seen. None: every query that is not padding sees these keys.
         kv_length: int32 [B], number of leading key slots that are in use; None for all.
         mask: predicate on the positions (static).
+        kv_window_positions: int32 [B, Lk], at most the position of the key: what ``mask.window`` is measured
+            to in its place, such as the start of a group of keys that leaves the window as one.
     """
 
     k: Float[Array, "B Lk K E"]
@@ -83,6 +95,7 @@ class Source:
     kv_segment_ids: Int[Array, "B Lk"] | None = None
     kv_length: Int[Array, " B"] | None = None
     mask: Mask = dataclasses.field(default=Mask(), metadata={"static": True})
+    kv_window_positions: Int[Array, "B Lk"] | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -107,6 +120,7 @@ class Tokens(NamedTuple):
     positions: Int[Array, "B L"] | None = None
     segment_ids: Int[Array, "B L"] | None = None
     valid: Bool[Array, "B L"] | None = None
+    window_positions: Int[Array, "B L"] | None = None
 
 
 def tokens_of(
@@ -121,7 +135,8 @@ def tokens_of(
         q_positions = jnp.arange(length, dtype=jnp.int32)[None] if q_positions is None else q_positions
         kv_positions = slots if kv_positions is None else kv_positions
     valid = None if source.kv_length is None else slots < source.kv_length[:, None]
-    return Tokens(q_positions, q_segment_ids), Tokens(kv_positions, source.kv_segment_ids, valid)
+    keys = Tokens(kv_positions, source.kv_segment_ids, valid, source.kv_window_positions)
+    return Tokens(q_positions, q_segment_ids), keys
 
 
 def visible(mask: Mask, q: Tokens, kv: Tokens) -> Bool[Array, "_ Lq Lk"] | None:
@@ -129,7 +144,7 @@ def visible(mask: Mask, q: Tokens, kv: Tokens) -> Bool[Array, "_ Lq Lk"] | None:
     seen = None
     if mask.positional:
         assert q.positions is not None and kv.positions is not None
-        seen = mask.sees(q.positions, kv.positions)
+        seen = mask.sees(q.positions, kv.positions, kv.window_positions)
     if q.segment_ids is not None:
         same = (q.segment_ids != 0)[:, :, None]
         if kv.segment_ids is not None:
@@ -151,7 +166,8 @@ def may_meet(mask: Mask, q: Tokens, kv: Tokens) -> Bool[Array, "_ _ _"]:
     if mask.positional:
         assert q.positions is not None and kv.positions is not None
         low, high = q.positions.min(-1)[:, :, None], q.positions.max(-1)[:, :, None]
-        seen &= mask.may_see(low, high, kv.positions.min(-1)[:, None], kv.positions.max(-1)[:, None])
+        last = kv.positions if kv.window_positions is None else kv.window_positions
+        seen &= mask.may_see(low, high, kv.positions.min(-1)[:, None], last.max(-1)[:, None])
     if q.segment_ids is not None and kv.segment_ids is not None:
         (q_low, q_high), (k_low, k_high) = _real_range(q.segment_ids), _real_range(kv.segment_ids)
         seen &= (q_low[:, :, None] <= k_high[:, None]) & (k_low[:, None] <= q_high[:, :, None])

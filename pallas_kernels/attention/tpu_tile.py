@@ -28,6 +28,7 @@ class Rows(NamedTuple):
 
     positions: Int[Array, "B 1 L"] | None
     codes: Int[Array, "B 1 L"] | None
+    window_positions: Int[Array, "B 1 L"] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +96,8 @@ def _cut(tokens: Tokens, size: int) -> Tokens:
 
 
 def token_rows(call: Call, q: Tokens, kv: Tokens) -> tuple[Rows, Rows]:
-    """Positions unless they are the row index, and codes unless every query sees every key, padded."""
+    """Positions unless they are the row index, codes unless every query sees every key, and what the window
+    is measured to unless that is the positions; padded."""
     positions: list[Array | None] = [None, None]
     if q.positions is not None and kv.positions is not None and not call.aligned:
         positions = [q.positions, kv.positions]
@@ -116,7 +118,7 @@ def token_rows(call: Call, q: Tokens, kv: Tokens) -> tuple[Rows, Rows]:
     q_rows, kv_rows = (
         [row(x[i], b) for x in (positions, codes)] for i, b in ((0, call.rows), (1, call.cols))
     )
-    return Rows(*q_rows), Rows(*kv_rows)
+    return Rows(*q_rows), Rows(*kv_rows, row(kv.window_positions, call.cols))
 
 
 class Axis(NamedTuple):
@@ -125,6 +127,7 @@ class Axis(NamedTuple):
     place: Array  # row index
     positions: Array | None
     codes: Array | None
+    window_positions: Array | None
 
     @classmethod
     def along_lanes(cls, rows: Rows, start: Array, size: int) -> Axis:
@@ -153,7 +156,8 @@ def logits(call: Call, products: Float[Array, "m n"], q: Axis, kv: Axis, slopes:
     if call.mask.causal:
         conditions.append(distance >= 0)
     if call.mask.window is not None:
-        conditions.append(distance < call.mask.window)
+        reach = distance if kv.window_positions is None else q_positions - kv.window_positions
+        conditions.append(reach < call.mask.window)
     if q.codes is not None and kv.codes is not None:
         conditions.append(q.codes == kv.codes)
     if call.kv_length % call.cols:

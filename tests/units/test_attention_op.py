@@ -1,5 +1,6 @@
 """The attention op: blockwise and ring against the dense reference, and the reference against numpy."""
 
+import dataclasses
 import functools
 import re
 
@@ -36,7 +37,7 @@ def values_and_gradients(run, q, sources, segments=None, bias=None):
         seen = jnp.where(lse > MASKED / 2, lse, 0.0)
         return jnp.sum(out * normal(*out.shape, seed=3)) + jnp.sum(jnp.sin(seen)), (out, lse)
 
-    names = ("q_positions", "kv_positions", "kv_segment_ids", "kv_length", "mask")
+    names = ("q_positions", "kv_positions", "kv_segment_ids", "kv_length", "mask", "kv_window_positions")
     tokens = [[getattr(s, name) for name in names] for s in sources]
     kv = [(s.k, s.v) for s in sources]
     (_, values), grads = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))(q, kv)
@@ -96,6 +97,18 @@ def test_blocks_equal_the_reference(mask, packed, bias, block):
     segments = PACKED if packed else None
     source = Source(k, v, kv_segment_ids=segments, mask=mask)
     agree(q, [source], segments, Alibi(SLOPES) if bias else None, block)
+
+
+@pytest.mark.parametrize("block", [8, 64], ids=["blockwise", "one tile"])
+def test_groups_of_keys_leave_the_window_as_one(block):
+    q, k, v = qkv(45, 45)
+    starts = jnp.tile(jnp.arange(45) // 4 * 4, (2, 1))
+    source = Source(k, v, mask=Mask(causal=True, window=11), kv_window_positions=starts)
+    (out, _), _ = agree(q, [source], block=block)
+    # Query 20 sees keys 12 to 20: their groups start at 12, 16, 20, and 20 - 8 is not below 11.
+    own = reference.attention(q[:, 20:21], [Source(k[:, 12:21], v[:, 12:21])], None, 0.3, None)[0]
+    close(out[:, 20], own[:, 0])
+    agree(q, [dataclasses.replace(source, kv_segment_ids=PACKED)], PACKED, block=block)
 
 
 @pytest.mark.parametrize("heads, kv_heads", [(4, 4), (4, 1), (6, 3)])
@@ -183,7 +196,7 @@ ROWS = ids(24, ((1, 5), (2, 16)), ((0, 7), (1, 17)), ((1, 12), (2, 12)), ((3, 24
 
 
 @pytest.mark.parametrize("shape", MESHES, ids=str)
-@pytest.mark.parametrize("case", ["packed", "window-alibi", "full", "positions-and-cache"])
+@pytest.mark.parametrize("case", ["packed", "window-alibi", "window-groups", "full", "positions-and-cache"])
 def test_sharded_equals_unsharded(mesh, shape, case):
     q, k, v = qkv(24, 24, batch=4)
     segments, bias, extra = None, None, []
@@ -193,6 +206,9 @@ def test_sharded_equals_unsharded(mesh, shape, case):
         source = Source(k, v, kv_segment_ids=ROWS, mask=CAUSAL)
     elif case == "window-alibi":
         source, bias = Source(k, v, mask=Mask(causal=True, window=7)), Alibi(SLOPES)
+    elif case == "window-groups":
+        starts = jnp.tile(jnp.arange(24) // 3 * 3, (4, 1))
+        source = Source(k, v, mask=Mask(causal=True, window=7), kv_window_positions=starts)
     elif case == "positions-and-cache":
         positions = jnp.arange(24)[None].repeat(4, 0) * 2 + 10
         source = Source(k, v, positions, positions, mask=CAUSAL)

@@ -13,6 +13,7 @@ from tests.races import CHECKED, assert_no_races
 
 CAUSAL = Mask(causal=True)
 BLOCK = 128
+FIELDS = ("q_positions", "kv_positions", "kv_segment_ids", "kv_length", "mask", "kv_window_positions")
 
 
 def normal(*shape, seed=0, dtype=jnp.float32):
@@ -44,6 +45,19 @@ CASES = {  # queries, sources, segment ids of the queries, bias
         ALIBI,
     ),
     "window over several blocks": (400, [source(400, Mask(causal=True, window=150))], None, None),
+    "groups of keys leave a window as one": (
+        300,
+        [
+            source(
+                300,
+                Mask(causal=True, window=150),
+                kv_segment_ids=ids(300),
+                kv_window_positions=jnp.tile(jnp.arange(300, dtype=jnp.int32) // 16 * 16, (2, 1)),
+            )
+        ],
+        ids(300),
+        None,
+    ),
     "packed": (300, [source(300, kv_segment_ids=ids(300))], ids(300), None),
     "two sources, one softmax": (
         40,
@@ -59,10 +73,7 @@ def values_and_gradients(run, q, sources, segments, bias):
     """Output, log-sum-exp, and gradients of a function of both with respect to q and every k and v."""
 
     def loss(q, kv):
-        own = [
-            Source(k, v, s.q_positions, s.kv_positions, s.kv_segment_ids, s.kv_length, s.mask)
-            for (k, v), s in zip(kv, sources)
-        ]
+        own = [Source(k, v, *(getattr(s, name) for name in FIELDS)) for (k, v), s in zip(kv, sources)]
         out, lse = run(q, own, segments, 0.3, bias)
         seen = jnp.where(lse > MASKED / 2, lse, 0.0)
         weighted = out.astype(jnp.float32) * normal(*out.shape, seed=3)
