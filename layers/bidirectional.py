@@ -11,6 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from layers.types import Context, SequenceMixer, State
+from pallas_kernels import time_order
 
 
 class Bidirectional(nnx.Module):
@@ -33,9 +34,10 @@ class Bidirectional(nnx.Module):
     ) -> tuple[Float[Array, "B L D"], None]:
         if state is not None:
             raise ValueError("a bidirectional layer takes no state")
+        layout = ctx.sequence_layout
         ahead, _ = self.forward(x, None, ctx)
-        back, _ = self.backward(x[:, ::-1], None, _reversed(ctx))
-        return ahead + back[:, ::-1], None
+        back, _ = self.backward(time_order.reverse(x, layout), None, _reversed(ctx))
+        return ahead + time_order.reverse(back, layout), None
 
     def flops_per_token(self, length: int) -> float:
         mixer: SequenceMixer = self.forward
@@ -44,13 +46,14 @@ class Bidirectional(nnx.Module):
 
 def _reversed(ctx: Context) -> Context:
     """The context of the same tokens, last first; each document counts its positions from its end."""
-    ids = None if ctx.segment_ids is None else ctx.segment_ids[:, ::-1]
+    layout, ids = ctx.sequence_layout, ctx.segment_ids
+    if ids is not None:
+        ids = time_order.restore(ids, layout)[:, ::-1]
     key = None if ctx.key is None else jax.random.fold_in(ctx.key, 1)
     new = Context.create(*ctx.positions.shape, segment_ids=ids)
     return dataclasses.replace(
-        new,
+        new.arranged(layout),
         key=key,
         deterministic=ctx.deterministic,
         sequence_axis=ctx.sequence_axis,
-        sequence_layout=ctx.sequence_layout,
     )

@@ -162,6 +162,13 @@ def _zigzag(x, parts: int, xp):
     return xp.stack([in_time[:, :parts], in_time[:, : parts - 1 : -1]], axis=2).reshape(x.shape)
 
 
+def reverse(x: Shaped[Array, "B L *d"], order: str) -> Shaped[Array, "B L *d"]:
+    """Tokens last first, in ``order`` before and after; in zigzag order no token leaves its device."""
+    if order == CONTIGUOUS:
+        return x[:, ::-1]
+    return x.reshape(x.shape[0], spmd.sequence_parts(), -1, *x.shape[2:])[:, :, ::-1].reshape(x.shape)
+
+
 def arrange_sharded(x: Shaped[Array, "B L *d"], order: str) -> Shaped[Array, "B L *d"]:
     """:func:`arrange` of an array whose time axis is sharded: two permutes, each of half of it."""
     return _exchange(x, order, inverse=False)

@@ -7,8 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from layers.attention import AttentionConfig
+from layers.bidirectional import Bidirectional
+from layers.mamba2 import Mamba2, Mamba2Config
+from layers.types import Context
 from models.config import LMConfig
 from models.functional import Functional
 from models.lm import LM
@@ -269,6 +273,35 @@ def test_zigzag_is_unsharded(name, eight, monkeypatch):
         found = jnp.asarray(got_grads[key])
         found = time_order.restore(found, "zigzag", PARTS) if by_token(want, LENGTH) else found
         np.testing.assert_allclose(found, want, atol=2e-4, rtol=2e-4, err_msg=key)
+
+
+@pytest.mark.parametrize("name", sorted(EXPECTED.keys() - GROWING))
+def test_what_is_sent_in_contiguous_order_does_not_grow_with_the_length(name, eight, monkeypatch):
+    monkeypatch.setenv("LONGSPAN_IMPLEMENTATION", "xla")
+    sent = []
+    with jax.set_mesh(eight):
+        for length in (LENGTH, 2 * LENGTH):
+            arguments = on_mesh(arranged(name, "contiguous", length), length)
+            sent.append(collectives(program(name).lower(*arguments).compile()))
+    assert sent[0] == sent[1] and sent[0][1] > 0
+
+
+def test_reading_both_ways_in_zigzag_order(eight, monkeypatch):
+    """A mixer that reads from the end too: packed rows, as unsharded."""
+    monkeypatch.setenv("LONGSPAN_IMPLEMENTATION", "xla")
+    config = Mamba2Config(d_state=4, headdim=4, chunk_size=8)
+    mixer = Bidirectional(lambda rngs: Mamba2(8, config, rngs=rngs), rngs=nnx.Rngs(0))
+    x, ids = normal(3, BATCH, LENGTH, 8), segments(LENGTH)
+    real = (ids != 0)[..., None]
+
+    def run(x, layout):
+        ctx = Context.create(BATCH, LENGTH, segment_ids=ids).arranged(layout)
+        return mixer(x, None, ctx)[0]
+
+    want = jnp.where(real, run(x, "contiguous"), 0)
+    with jax.set_mesh(eight), time_order.use("zigzag"):
+        got = jax.jit(lambda x: run(x, "zigzag"))(time_order.arrange(x, "zigzag", PARTS))
+    np.testing.assert_allclose(jnp.where(real, time_order.restore(got, "zigzag", PARTS), 0), want, atol=1e-5)
 
 
 def test_orders():
