@@ -108,7 +108,7 @@ class Experiment(BaseExperiment):
         """Raises ValueError naming the first field whose value cannot work, and what would."""
         self.model.validate()
         super().validate()
-        if self.task.carry_state and "*" in self.model.layers and self.model.attention.window is None:
+        if self.task.carry_state and self.model.state_grows:
             raise ValueError(
                 "task.carry_state=True with full attention would carry a cache without end; "
                 "set model.attention.window, or task.carry_state=False"

@@ -11,8 +11,11 @@ from typing import Any
 
 from configs.base import BaseExperiment, ConfigError, Experiment
 from configs.classification import ClassificationExperiment
+from configs.hmt import HMTExperiment
 
-KINDS: dict[str, type[BaseExperiment]] = {kind.kind: kind for kind in (Experiment, ClassificationExperiment)}
+KINDS: dict[str, type[BaseExperiment]] = {
+    kind.kind: kind for kind in (Experiment, ClassificationExperiment, HMTExperiment)
+}
 
 
 def from_json(text: str, where: str = "config.json") -> Any:

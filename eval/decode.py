@@ -90,10 +90,10 @@ def _check(model: Functional, prompts: Sequence[Any], new_tokens: int, max_len: 
     if new_tokens < 1:
         raise ValueError(f"generate: max_new_tokens={new_tokens} should be at least 1")
     config, limits = model.bind(model.shapes).config, {}
-    if max_len is not None and "*" in config.layers and config.attention.window is None:
+    if max_len is not None and config.state_grows:
         limits["the key/value cache (max_len)"] = max_len
-    if config.max_positions is not None:
-        limits["the learned positions (model.max_positions)"] = config.max_positions
+    if config.longest is not None:
+        limits["the learned positions (model.max_positions)"] = config.longest
     length = max(len(p) for p in prompts)
     for name, limit in limits.items():
         if length + new_tokens > limit:

@@ -18,6 +18,7 @@ from runtime.host import peak_memory
 MORE: dict[str, Callable[..., tuple[dict[str, Any], dict[str, Any]]]] = {
     "lm": language.more,
     "classification": classified.more,
+    "hmt": language.more,
 }
 """By kind of experiment: further results, and how `eval.curves.plot_loss` is to show the run."""
 

@@ -18,6 +18,7 @@ from runtime import mesh as meshes
 from runtime import run_record
 from runtime.checkpoint import Checkpoints
 from tasks import bpe
+from tasks.lm import LMTaskConfig
 from tasks.tokenizer import Tokenizer
 
 
@@ -93,7 +94,7 @@ def open_run(
     """
     workdir = epath.Path(workdir)
     config = config or load_config(workdir)
-    tokenizer = bpe.of_run(workdir, config.task) if config.kind == "lm" else None
+    tokenizer = bpe.of_run(workdir, config.task) if isinstance(config.task, LMTaskConfig) else None
     if tokenizer is not None and tokenizer.vocab_size > config.model.vocab_size:
         raise RunError(
             f"{workdir}: the tokenizer has {tokenizer.vocab_size} ids, but model.vocab_size is "

@@ -38,11 +38,18 @@ class Embedding(nnx.Module):
     def __call__(
         self, tokens: Int[Array, "B L"], positions: Int[Array, "B L"], dtype: DTypeLike
     ) -> Float[Array, "B L D"]:
+        return self.at(self.lookup(tokens, dtype), positions)
+
+    def lookup(self, tokens: Int[Array, "*b"], dtype: DTypeLike) -> Float[Array, "*b D"]:
+        """``table[tokens]``."""
         # Gathered like any other sharded weight; looked up in a split table, activations would be gathered.
-        x = spmd.replicate(self.table[...].astype(dtype))[tokens]
-        if self.positions is not None:
-            x = x + spmd.replicate(self.positions[...].astype(dtype))[positions]
-        return x
+        return spmd.replicate(self.table[...].astype(dtype))[tokens]
+
+    def at(self, x: Float[Array, "B L D"], positions: Int[Array, "B L"]) -> Float[Array, "B L D"]:
+        """``x``, of :meth:`lookup` or not, with the learned positions added, if there are any."""
+        if self.positions is None:
+            return x
+        return x + spmd.replicate(self.positions[...].astype(x.dtype))[positions]
 
     def attend(self, x: Float[Array, "*b D"]) -> Float[Array, "*b V"]:
         """Logits of the tied head, in the dtype of ``x``."""

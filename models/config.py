@@ -4,6 +4,7 @@
 import dataclasses
 
 from layers.attention import AttentionConfig
+from layers.cca import CCAConfig
 from layers.dss import DSSConfig
 from layers.mamba import MambaConfig
 from layers.mamba2 import Mamba2Config
@@ -29,6 +30,7 @@ class MixerConfigs:
     s4d: S4DConfig = dataclasses.field(default_factory=S4DConfig)
     dss: DSSConfig = dataclasses.field(default_factory=DSSConfig)
     attention: AttentionConfig = dataclasses.field(default_factory=AttentionConfig)
+    cca: CCAConfig = dataclasses.field(default_factory=CCAConfig)
     mlp: MLPConfig = dataclasses.field(default_factory=MLPConfig)
 
 
@@ -77,6 +79,16 @@ class LMConfig(MixerConfigs):
     def layers(self) -> str:
         """The pattern with repeats written out."""
         return patterns.parse(self.pattern, "".join(KINDS))
+
+    @property
+    def longest(self) -> int | None:
+        """Tokens that a document can have, None for any number: it has as many learned positions."""
+        return self.max_positions
+
+    @property
+    def state_grows(self) -> bool:
+        """Whether the state needs room for every token: full attention caches them all."""
+        return "*" in self.layers and self.attention.window is None
 
     def validate(self) -> None:
         """Raises ValueError naming the first field whose value cannot work, and what would."""

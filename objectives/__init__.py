@@ -10,14 +10,20 @@ from flax import nnx
 from configs.base import BaseExperiment
 from models.classifier import Classifier
 from models.functional import Functional
+from models.hmt import HMT
 from models.lm import LM
 from models.lora import with_lora
 from objectives.classification import Classification
+from objectives.hmt import MemoryLanguageModelling
 from objectives.language import LanguageModelling
 from objectives.types import Objective
 
-MODELS: dict[str, Any] = {"lm": LM, "classification": Classifier}
-OBJECTIVES: dict[str, Any] = {"lm": LanguageModelling, "classification": Classification}
+MODELS: dict[str, Any] = {"lm": LM, "classification": Classifier, "hmt": HMT}
+OBJECTIVES: dict[str, Any] = {
+    "lm": LanguageModelling,
+    "classification": Classification,
+    "hmt": MemoryLanguageModelling,
+}
 
 
 def model_of(config: BaseExperiment) -> Functional:

@@ -86,7 +86,7 @@ class LengthExtrapolation:
 
         Raises NotApplicable if 1x, with which all others are compared, cannot.
         """
-        trained, limit = opened.config.task.seq_len, opened.config.model.max_positions
+        trained, limit = opened.config.task.seq_len, opened.config.model.longest
         lengths: dict[str, int] = {}
         left_out: dict[str, str] = {}
         for factor in sorted({1.0, *self.factors}):

@@ -67,7 +67,7 @@ class LossByPosition:
             count = rows_available(task, wanted, from_start=True)
             numbers["shortened"] = (
                 f"from {wanted} to {length} targets: so long are {count} validation documents "
-                f"({self.min_documents} needed), model.max_positions={opened.config.model.max_positions}"
+                f"({self.min_documents} needed), model.max_positions={opened.config.model.longest}"
             )
             say(numbers["shortened"])
         if length:
@@ -95,7 +95,7 @@ class LossByPosition:
 
     def _length(self, opened: OpenRun, task: LMTask, wanted: int) -> int:
         """``wanted``, halved until enough documents and the model reach so far; 0 where they never do."""
-        limit = opened.config.model.max_positions or wanted
+        limit = opened.config.model.longest or wanted
         while wanted and (
             wanted > limit or rows_available(task, wanted, from_start=True) < self.min_documents
         ):

@@ -13,7 +13,7 @@ from eval.report.gather import Run
 from eval.report.groups import Group, Statistic, group_runs, material, mean_of, statistic
 from eval.report.kind import Kind
 
-KINDS: Mapping[str, Kind] = {"lm": tokens.KIND, "classification": labels.KIND}
+KINDS: Mapping[str, Kind] = {"lm": tokens.KIND, "classification": labels.KIND, "hmt": tokens.KIND}
 ACTIVITIES = ("compile", "data", "step", "eval", "checkpoint", "other", "total")
 SAMPLE_LIMIT = 4000  # characters shown of one sample
 
@@ -24,8 +24,8 @@ def compare(runs: Sequence[Run], unreadable: Mapping[str, str] | None = None) ->
     Args:
         unreadable: why, by directory, for those that could not be read.
     """
-    kinds = {run.kind for run in runs}
-    kind = KINDS.get(kinds.pop() if len(kinds) == 1 else "", tokens.KIND)
+    kinds = [KINDS.get(run.kind, tokens.KIND) for run in runs]
+    kind = kinds[0] if all(other is kinds[0] for other in kinds) else tokens.KIND
     groups, metrics = group_runs(runs), kind.metrics_of(runs)
     sections = [
         Section("Comparison" if len(groups) > 1 else "Result", kind.tables(groups, metrics)),
@@ -126,7 +126,7 @@ def notes(groups: Sequence[Group]) -> list[str]:
     if len({run.step for group in groups for run in group.runs}) > 1:
         found.append("The runs are at different steps: final values are not of equal training.")
     kinds = sorted({run.kind for group in groups for run in group.runs})
-    if len(kinds) > 1:
+    if len({id(KINDS.get(kind)) for kind in kinds}) > 1:
         found.append(f"The runs are of kinds {words.listed(kinds)}: their metrics do not compare.")
     return found
 

@@ -10,46 +10,11 @@ from layers.rope import RopeConfig
 from models.config import LMConfig
 from models.functional import Functional
 from models.lm import LM
-from models.published.tables import ATTENTION, MLP, linear, under
-from models.published.tensors import Names, params_from_weights
+from models.published.tensors import params_from_weights
+from tests.golden.hf_names import GPT2, LLAMA, gpt2_weights
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
-
-LLAMA = Names(
-    top={
-        "model.embed_tokens.weight": ("embed.table",),
-        "model.norm.weight": ("norm.scale",),
-        "lm_head.weight": ("head.kernel",),
-    },
-    sublayers={
-        "*": under("model.layers.{}.self_attn.", ATTENTION, norm="model.layers.{}.input_layernorm"),
-        "-": under("model.layers.{}.mlp.", MLP, norm="model.layers.{}.post_attention_layernorm"),
-    },
-    layer=("*", "-"),
-)
-GPT2 = Names(
-    top={
-        "transformer.wte.weight": ("embed.table",),
-        "transformer.wpe.weight": ("embed.positions",),
-        "transformer.ln_f.weight": ("norm.scale",),
-        "transformer.ln_f.bias": ("norm.bias",),
-    },
-    sublayers={
-        "*": under(
-            "transformer.h.{}.attn.",
-            {**linear("c_attn", "q", "k", "v"), **linear("c_proj", "out")},
-            norm="transformer.h.{}.ln_1",
-        ),
-        "-": under(
-            "transformer.h.{}.mlp.",
-            {**linear("c_fc", "up"), **linear("c_proj", "down")},
-            norm="transformer.h.{}.ln_2",
-        ),
-    },
-    layer=("*", "-"),
-    embedding="transformer.wte.weight",
-)
 
 
 def gpt2():
@@ -134,8 +99,7 @@ def test_logits_equal_transformers(build):
     theirs, config, names = build()
     theirs = randomised(theirs)
     weights = {name: value.numpy() for name, value in theirs.state_dict().items()}
-    if build is gpt2:  # its projections are stored [in, out], and the head repeats the embedding
-        weights = {n: w.T if ".c_" in n and w.ndim == 2 else w for n, w in weights.items()}
+    weights = gpt2_weights(weights) if build is gpt2 else weights
     params = params_from_weights(config, weights, names)
     functional = Functional.create(lambda rngs: LM(config, rngs=rngs))
 
