@@ -10,6 +10,7 @@ from typing import Any
 from flax import nnx
 
 from layers.attention import Attention, AttentionConfig
+from layers.cca import CCAConfig, CoreContextAttention
 from layers.dss import DSS, DSSConfig
 from layers.mamba import Mamba, MambaConfig
 from layers.mamba2 import Mamba2, Mamba2Config
@@ -39,12 +40,17 @@ KINDS: dict[str, Kind] = {
     "D": Kind(S4D, "s4d"),
     "d": Kind(DSS, "dss"),
     "*": Kind(Attention, "attention"),
+    "c": Kind(CoreContextAttention, "cca"),
     "-": Kind(MLP, "mlp"),
 }
 
 
 def _attention(**kw: Any) -> AttentionConfig:
     return AttentionConfig(**{"num_heads": 4, "num_kv_heads": 2, "head_dim": 8, **kw})
+
+
+def _cca(**kw: Any) -> CCAConfig:
+    return CCAConfig(**{"num_heads": 4, "num_kv_heads": 2, "head_dim": 8, "group_size": 4, "window": 6, **kw})
 
 
 def _build(module: Callable[..., Any], config: Any, rngs: nnx.Rngs) -> Any:
@@ -69,6 +75,12 @@ TINY_MIXERS: dict[str, Callable[[nnx.Rngs], Any]] = {
         ("attention_rope", Attention, _attention(position="rope", qk_norm=True)),
         ("attention_alibi", Attention, _attention(position="alibi", qkv_bias=True)),
         ("attention_window", Attention, _attention(position="rope", rope=RopeConfig(), window=6)),
+        ("cca", CoreContextAttention, _cca(qk_norm=True)),
+        (
+            "cca_variants",
+            CoreContextAttention,
+            _cca(group_size=2, window=3, literal_boundary=True, pooling="per_head", core_rotation="after"),
+        ),
     )
 }
 

@@ -118,7 +118,7 @@ def token_rows(call: Call, q: Tokens, kv: Tokens) -> tuple[Rows, Rows]:
     q_rows, kv_rows = (
         [row(x[i], b) for x in (positions, codes)] for i, b in ((0, call.rows), (1, call.cols))
     )
-    return Rows(*q_rows), Rows(*kv_rows, row(kv.window_positions, call.cols))
+    return Rows(*q_rows), Rows(kv_rows[0], kv_rows[1], row(kv.window_positions, call.cols))
 
 
 class Axis(NamedTuple):
