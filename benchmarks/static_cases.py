@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import tuning
+from pallas_kernels import mamba2, tuning
 from pallas_kernels.ssd import ssd as ssd_op
 
 
@@ -45,3 +46,49 @@ def ssd(
     if not backward:
         return run, (ids, *inputs)
     return gradient, (ids, (x, of(batch, heads, headdim, d_state)), *inputs)
+
+
+def gated_ssd(
+    length: int = 8192,
+    heads: int = 80,
+    headdim: int = 64,
+    d_state: int = 128,
+    groups: int = 1,
+    dtype: str = "bfloat16",
+    packed: bool = False,
+    backward: bool = False,
+    fused: bool = True,
+    **blocks: int,
+) -> tuple[Callable, tuple]:
+    """The op of a Mamba-2 layer (2.7B by default), convolution to gated norm, or it and its gradient.
+
+    ``fused``: one kernel, else a kernel for each op. ``blocks`` are block sizes of the SSD kernels.
+    """
+
+    def of(*shape: int, dtype=jnp.float32) -> Any:
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    channels, states, low = heads * headdim, groups * d_state, jnp.dtype(dtype)
+    sizes = {"x": channels, "B": states, "C": states}
+    mixed = {name: of(1, length, size, dtype=low) for name, size in sizes.items()}
+    inputs = mamba2.Inputs(z=mixed["x"], dt=of(1, length, heads, dtype=low), **mixed)
+    conv = {name: (of(4, size), of(size)) for name, size in sizes.items()}
+    weights = mamba2.Weights(conv, of(heads), of(heads), of(heads), of(channels))
+    ids = of(1, length, dtype=jnp.int32) if packed else None
+    nothing = dict.fromkeys(sizes)
+
+    def run(ids, inputs, weights):
+        with tuning.forced("gated_ssd" if fused else "ssd", blocks):
+            if fused:
+                op = functools.partial(mamba2.gated_ssd, segment_ids=ids, implementation="pallas_tpu")
+                return op(inputs, weights, mamba2.Form(groups))[0]
+            chain = mamba2.unfused.gated_ssd
+            return chain(
+                inputs, weights, nothing, None, ids, mamba2.Form(groups), implementation="pallas_tpu"
+            )[0]
+
+    def both(ids, dy, inputs, weights):
+        y, vjp = jax.vjp(functools.partial(run, ids), inputs, weights)
+        return y, vjp(dy)
+
+    return (both, (ids, inputs.x, inputs, weights)) if backward else (run, (ids, inputs, weights))

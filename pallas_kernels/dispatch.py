@@ -75,9 +75,10 @@ def _named(op: str, name: str, choice: Callable | Kernel) -> Callable:
             raise ValueError(f"{op}: implementation={name!r} cannot run this call: {reason}. Or use 'xla'.")
         if choice.platform is None:
             return choice.run(*args)
-        marked = next(i for i, arg in enumerate(args) if isinstance(arg, jax.Array))
-        own = _only_on(args[marked], op=op, name=name, platform=choice.platform)
-        return choice.run(*args[:marked], own, *args[marked + 1 :])
+        leaves, structure = jax.tree.flatten(args)
+        marked = next(i for i, leaf in enumerate(leaves) if isinstance(leaf, jax.Array))
+        leaves[marked] = _only_on(leaves[marked], op=op, name=name, platform=choice.platform)
+        return choice.run(*jax.tree.unflatten(structure, leaves))
 
     return run
 

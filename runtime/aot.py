@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 import jax
 from jax.experimental import topologies
+from jax.experimental.layout import Format, Layout
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 # The smallest topology of each chip.
@@ -46,11 +47,12 @@ def topology(name: str) -> topologies.TopologyDescription:
         ) from error
 
 
-def compile_for(chip: str, function: Callable, *args) -> jax.stages.Compiled:
+def compile_for(chip: str, function: Callable, *args, any_layout: bool = False) -> jax.stages.Compiled:
     """``jax.jit(function)`` compiled for one device of ``chip``.
 
     Args:
         args: pytrees of arrays or ``jax.ShapeDtypeStruct``; only shapes and dtypes are read.
+        any_layout: the compiler chooses the layouts of arguments and results; row-major otherwise.
     """
     # Pallas asks the mesh in force which chip it compiles for, and the local device without one.
     mesh = Mesh(topology(chip).devices[:1], ("device",))
@@ -59,4 +61,8 @@ def compile_for(chip: str, function: Callable, *args) -> jax.stages.Compiled:
     described = jax.tree.map(lambda t: jax.ShapeDtypeStruct(t.shape, t.dtype, sharding=place), args)
     with jax.set_mesh(mesh):
         on_device = jax.shard_map(function, in_specs=whole, out_specs=whole, check_vma=False)
-        return jax.jit(on_device).lower(*described).compile()
+        jitted = jax.jit(on_device)
+        if any_layout:
+            automatic = Format(Layout.AUTO)
+            jitted = jax.jit(on_device, in_shardings=automatic, out_shardings=automatic)
+        return jitted.lower(*described).compile()

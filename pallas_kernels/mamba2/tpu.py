@@ -1,29 +1,32 @@
 """A Mamba-2 layer between its projections on TPU: one kernel forward, one backward, and the rule around them.
 
-Left to XLA: dt (a number a head), the convolution of B and C (two groups of channels; the kernel of
-``causal_conv1d``), and the norm's scale of each token, an elementwise prologue of the product that follows.
-As in ``ssd/tpu.py`` time goes into lanes by transpositions that XLA absorbs into the layouts around the op.
+Left to XLA: dt (a number a head) and the convolution of B and C (two groups of channels; the kernel of
+``causal_conv1d``). As in ``ssd/tpu.py`` time goes into lanes by transpositions that XLA absorbs into the
+layouts around the op.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import mosaic
+from pallas_kernels import mosaic, tuning
 from pallas_kernels.causal_conv1d import tpu as conv_tpu
 from pallas_kernels.causal_conv1d import xla as conv_xla
 from pallas_kernels.mamba2 import unfused
 from pallas_kernels.mamba2.form import Form, Inputs, Weights
 from pallas_kernels.mamba2.tpu_backward import backward
 from pallas_kernels.mamba2.tpu_forward import forward
-from pallas_kernels.mamba2.tpu_tile import Setup
+from pallas_kernels.mamba2.tpu_tile import VMEM_LIMIT_BYTES, Setup
 from pallas_kernels.mosaic import LANES, SUBLANES
 from pallas_kernels.segments import reset_runs
-from pallas_kernels.ssd.tpu import chunk_counts, make_plan, pad, to_groups
+from pallas_kernels.ssd.tpu import chunk_counts, largest_divisor, make_plan, pad, to_groups
+
+PART = 16  # heads worked on at once
 
 
 def unsupported(
@@ -47,7 +50,27 @@ def unsupported(
     chunk = form.chunk_size
     if chunk is not None and chunk < inputs.x.shape[1] and chunk % (SUBLANES if interpret else LANES):
         return f"chunk_size = {chunk} is not a multiple of {LANES}, a tile of lanes; use 128 or None"
+    setup = make_setup(inputs, weights, segment_ids, form, interpret)
+    if not interpret and (size := setup.fast_memory(inputs.x.dtype.itemsize)) > VMEM_LIMIT_BYTES:
+        return (
+            f"a grid step of {setup.plan.block} heads needs {size / mosaic.MiB:.0f} MiB of fast memory, more "
+            f"than {VMEM_LIMIT_BYTES / mosaic.MiB:.0f}; the norm's groups of fewer heads, or bfloat16, fit"
+        )
     return None
+
+
+def make_setup(inputs: Inputs, weights: Weights, segment_ids, form: Form, interpret) -> Setup:
+    """A grid step is a group: the norm is over its channels."""
+    (batch, length, channels), heads = inputs.x.shape, inputs.dt.shape[2]
+    four = (batch, max(length, SUBLANES), heads, channels // heads)
+    groups = (batch, length, form.n_groups, inputs.B.shape[2] // form.n_groups)
+    plan = make_plan(four, groups, inputs.x.dtype, segment_ids is not None, form.chunk_size, interpret)
+    block = heads // form.n_groups
+    plan = dataclasses.replace(plan, block=block, backward_block=block)
+    shape = {"B": batch, "L": length, "H": heads, "P": four[3], "N": groups[3], "G": form.n_groups}
+    part = tuning.blocks("gated_ssd", shape, inputs.x.dtype, {"heads": PART})["heads"]
+    width = weights.conv["x"][0].shape[0]
+    return Setup(plan, largest_divisor(block, part), width, weights.norm is not None, form.norm_eps)
 
 
 def gated_ssd(
@@ -65,140 +88,115 @@ def gated_ssd(
         return unfused.gated_ssd(
             inputs, weights, conv_state, initial_state, segment_ids, form, implementation="xla"
         )
+    setup = make_setup(inputs, weights, segment_ids, form, interpret)
+    plan, width = setup.plan, setup.width
     (batch, length, channels), heads = inputs.x.shape, inputs.dt.shape[2]
-    (taps, bias), dtype = weights.conv["x"], inputs.x.dtype
-    width, f32 = taps.shape[0], jnp.float32
-    past = {
-        name: jnp.zeros((batch, width - 1, getattr(inputs, name).shape[2]), dtype) if t is None else t
-        for name, t in conv_state.items()
-    }
-    mixed = {
-        name: conv_tpu.causal_conv1d(
-            getattr(inputs, name),
-            weights.conv[name][0],
-            _or_zeros(weights.conv[name][1], getattr(inputs, name).shape[2]),
-            past[name],
-            segment_ids,
-            "silu",
-            interpret=interpret,
-        )
-        for name in ("B", "C")
-    }
-    tails = {
-        "x": conv_xla.last_inputs(inputs.x, past["x"], segment_ids),
-        "B": mixed["B"][1],
-        "C": mixed["C"][1],
-    }
-    by_group = (batch, length, form.n_groups, -1)
-    B, C = mixed["B"][0].reshape(by_group), mixed["C"][0].reshape(by_group)
-    four = (batch, length, heads, channels // heads)
-    plan = make_plan(four, B.shape, dtype, segment_ids is not None, form.chunk_size, interpret)
-    setup = Setup(plan, width, weights.norm is not None, form.norm_eps)
-
     after = {1: plan.chunks * plan.chunk - length}
-    scale = unfused.step_sizes(inputs, weights, form).astype(f32)
-    reach, first, counts = None, jnp.zeros(batch, jnp.int32), None
-    if segment_ids is not None:
-        scale = jnp.where((segment_ids != 0)[..., None], scale, 0)
-        reach = pad(conv_xla.reach(segment_ids, width), after)[:, None]
-        first = jnp.argmax(segment_ids != 0, axis=1).astype(jnp.int32)
-        counts = chunk_counts(pad(reset_runs(segment_ids), after, mode="edge"), plan.chunk)
-    # As in ``ssd/tpu.py``: below the smallest normal number a decay is zero.
-    log_decay = jnp.maximum(scale * weights.A.astype(f32), jnp.log(jnp.finfo(f32).tiny))
-    scale, log_decay, x, z = (pad(t, after).swapaxes(1, 2) for t in (scale, log_decay, inputs.x, inputs.z))
-    norm = jnp.ones(channels) if weights.norm is None else weights.norm
-    columns = jnp.concatenate([taps, _or_zeros(bias, channels)[None], norm[None]]).astype(f32).T
+    B, C, tails = _convolve_B_and_C(inputs, weights, conv_state, segment_ids, interpret)
+    x, past, tails["x"] = _with_past(inputs.x, conv_state["x"], segment_ids, width)
+    by_group = (batch, length, form.n_groups, -1)
     states = (batch, heads, channels // heads, plan.d_state)
-    state = jnp.zeros(states, f32) if initial_state is None else initial_state.astype(f32)
-    y, final = _mix(
-        setup,
-        x,
-        z,
-        columns,
-        past["x"].astype(dtype).swapaxes(1, 2),
-        scale,
-        log_decay,
-        to_groups(plan, pad(B, after)),
-        to_groups(plan, pad(C, after)),
-        weights.D.astype(f32),
-        state.reshape(batch, channels, plan.d_state),
-        reach,
-        first,
-        counts,
-    )
-    tails = {name: tail.astype(past[name].dtype) for name, tail in tails.items()}
+    state = jnp.zeros(states) if initial_state is None else initial_state
+    arrays = {
+        "x": pad(x, after).swapaxes(1, 2),
+        "z": pad(inputs.z, after).swapaxes(1, 2),
+        "columns": _columns(weights, channels),
+        "past": jnp.pad(past.swapaxes(1, 2), [(0, 0), (0, 0), (plan.chunk - width + 1, 0)]),
+        **_steps(inputs, weights, segment_ids, form, after),
+        "B": to_groups(plan, pad(B.reshape(by_group), after)),
+        "C": to_groups(plan, pad(C.reshape(by_group), after)),
+        "D": weights.D.astype(jnp.float32),
+        "initial": state.astype(jnp.float32).reshape(batch, channels, plan.d_state),
+    }
+    masks = {}
+    if segment_ids is not None:
+        reach = _reach(segment_ids, width, has_past=conv_state["x"] is not None)
+        counts = chunk_counts(pad(reset_runs(segment_ids), after, mode="edge"), plan.chunk)
+        masks = {"reach": pad(reach, after)[:, None], "counts": counts}
+    y, final = _mix(setup, arrays, masks)
     return y.swapaxes(1, 2)[:, :length], tails, final.reshape(states)
 
 
-def _or_zeros(bias: jax.Array | None, channels: int) -> jax.Array:
-    return jnp.zeros(channels) if bias is None else bias
+def _convolve_B_and_C(inputs: Inputs, weights: Weights, conv_state, segment_ids, interpret):
+    """B and C after convolution and SiLU, and by name the tails they leave."""
+    mixed, tails = {}, {}
+    for name in ("B", "C"):
+        t, (taps, bias), past = getattr(inputs, name), weights.conv[name], conv_state[name]
+        bias = jnp.zeros(t.shape[2]) if bias is None else bias
+        like = jnp.zeros((t.shape[0], taps.shape[0] - 1, t.shape[2]), t.dtype) if past is None else past
+        mixed[name], tail = conv_tpu.causal_conv1d(
+            t, taps, bias, like, segment_ids, "silu", interpret=interpret
+        )
+        tails[name] = tail.astype(like.dtype)
+    return mixed["B"], mixed["C"], tails
+
+
+def _with_past(x, past, segment_ids, width: int):
+    """x [B, L, E], the K-1 inputs before its first token, and those before its end, the new past.
+
+    A past that stands before the first real token is written into the padding there.
+    """
+    if past is None:
+        zeros = jnp.zeros((x.shape[0], width - 1, x.shape[2]), x.dtype)
+        return x, zeros, conv_xla.last_inputs(x, zeros, segment_ids)
+    tail = conv_xla.last_inputs(x, past, segment_ids).astype(past.dtype)
+    if segment_ids is None:
+        return x, past.astype(x.dtype), tail
+    extended, _ = conv_xla.extend(x, past, segment_ids)
+    return extended[:, width - 1 :], extended[:, : width - 1], tail
+
+
+def _reach(segment_ids, width: int, *, has_past: bool) -> jax.Array:
+    """How many of the last K inputs each token sees, [B, L]: without a past none before the first real."""
+    reach = conv_xla.reach(segment_ids, width)
+    if has_past:
+        return reach
+    first = jnp.argmax(segment_ids != 0, axis=1).astype(jnp.int32)
+    since = jnp.arange(segment_ids.shape[1], dtype=jnp.int32) - first[:, None] + 1
+    return jnp.minimum(reach, jnp.maximum(since, 0))
+
+
+def _steps(inputs: Inputs, weights: Weights, segment_ids, form: Form, after) -> dict[str, jax.Array]:
+    """dt and its product with A, [B, H, L] float32; 0 at padding."""
+    scale = unfused.step_sizes(inputs, weights, form).astype(jnp.float32)
+    if segment_ids is not None:
+        scale = jnp.where((segment_ids != 0)[..., None], scale, 0)
+    # As in ``ssd/tpu.py``: below the smallest normal number a decay is zero.
+    log_decay = jnp.maximum(scale * weights.A, jnp.log(jnp.finfo(jnp.float32).tiny))
+    return {
+        "scale": pad(scale, after).swapaxes(1, 2),
+        "log_decay": pad(log_decay, after).swapaxes(1, 2),
+    }
+
+
+def _columns(weights: Weights, channels: int) -> jax.Array:
+    """Taps, bias and the norm's weight of each channel, [E, K+2] float32."""
+    taps, bias = weights.conv["x"]
+    bias = jnp.zeros(channels) if bias is None else bias
+    norm = jnp.ones(channels) if weights.norm is None else weights.norm
+    return jnp.concatenate([taps, bias[None], norm[None]]).astype(jnp.float32).T
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _mix(setup, *arrays):
-    """(x, z, columns, past, scale, log_decay, B, C, D, state, reach, first, counts) as ``forward`` takes them
-    -> y [B, H*P, L] after the norm, the final state."""
-    gated, squares, final, _ = forward(setup, *arrays, save=False)
-    return _normed(setup, gated, squares, arrays[2])[0], final
+def _mix(setup: Setup, arrays: dict[str, jax.Array], masks: dict[str, jax.Array]):
+    """``arrays`` and ``masks`` as ``forward`` takes them -> y [B, H*P, L] after the norm, the final state."""
+    results = forward(setup, arrays | masks, save=False)
+    return results["y"], results["final"]
 
 
-def _mix_forward(setup, *arrays):
-    gated, squares, final, starts = forward(setup, *arrays, save=True)
-    y, inverse = _normed(setup, gated, squares, arrays[2])
-    return (y, final), (arrays, gated, inverse, final, starts)
+def _mix_forward(setup: Setup, arrays, masks):
+    results = forward(setup, arrays | masks, save=True)
+    y = results.pop("y")
+    return (y, results["final"]), (arrays, masks, results)
 
 
 def _mix_backward(setup: Setup, residuals, cotangents):
-    arrays, gated, inverse, final, starts = residuals
-    x, z, columns, past, scale, log_decay, B, C, D, _, reach, first, counts = arrays
-    (d_out, d_final), plan = cotangents, setup.plan
-    d = {
-        "first": first,
-        "x": x,
-        "z": z,
-        "d_out": d_out,
-        "columns": columns,
-        "past": past,
-        "scale": scale,
-        "log_decay": log_decay,
-        "B": B,
-        "C": C,
-        "D": D,
-        "starts": starts,
-        "d_final": d_final,
-        "overlap": jnp.sum((d_final * final).reshape(plan.batch, plan.heads, -1), axis=-1),
-    }
-    if setup.norm:
-        along = _by_group(setup, gated) * _by_group(setup, d_out) * _weight(setup, columns)
-        along = jnp.sum(along, axis=2, keepdims=True)
-        d |= {"inverse": inverse, "pull": inverse**3 * along * (plan.groups / x.shape[1])}
-    if plan.packed:
-        d |= {"reach": reach, "counts": counts}
-    d = backward(setup, d)
-    names = ("dx", "dz", "d_columns", "d_past", "d_scale", "d_log_decay", "dB", "dC", "dD", "d_initial")
-    d["d_past"] = d["d_past"].astype(past.dtype)
-    return (*(d[name] for name in names), None, None, None)
+    arrays, masks, saved = residuals
+    d_out, d_final = cotangents
+    final = saved.pop("final")
+    overlap = jnp.sum((d_final * final).reshape(setup.plan.batch, setup.plan.heads, -1), axis=-1)
+    d = backward(setup, arrays | masks | saved | {"d_out": d_out, "d_final": d_final, "overlap": overlap})
+    return {name: d[f"d_{name}" if f"d_{name}" in d else f"d{name}"] for name in arrays}, None
 
 
 _mix.defvjp(_mix_forward, _mix_backward)
-
-
-def _normed(setup: Setup, gated, squares, columns) -> tuple[jax.Array, jax.Array | None]:
-    """y after the norm [B, H*P, L], and 1 / rms [B, G, 1, L]."""
-    if not setup.norm:
-        return gated, None
-    plan = setup.plan
-    squares = squares.reshape(plan.batch, plan.groups, plan.group_blocks, 1, -1).sum(2)
-    inverse = jax.lax.rsqrt(squares * (plan.groups / gated.shape[1]) + setup.eps)
-    y = _by_group(setup, gated) * inverse * _weight(setup, columns)
-    return y.reshape(gated.shape).astype(gated.dtype), inverse
-
-
-def _by_group(setup: Setup, t: jax.Array) -> jax.Array:
-    """[B, H*P, L] -> float32 [B, G, H*P/G, L]."""
-    return t.reshape(t.shape[0], setup.plan.groups, -1, t.shape[2]).astype(jnp.float32)
-
-
-def _weight(setup: Setup, columns: jax.Array) -> jax.Array:
-    """The norm's weight [1, G, H*P/G, 1]."""
-    return columns[:, setup.width + 1].reshape(1, setup.plan.groups, -1, 1)

@@ -2,7 +2,8 @@
 
 What is read is raw x and z, the cotangent of the result and the chunk-start states. The convolution needs
 the inputs before its chunk, so a grid step loads x of the chunk *before* the one it works on, whose own x it
-kept: there is one step more than chunks. The cotangents behind the chunk are kept likewise.
+kept: there is one step more than chunks. The cotangents behind the chunk are kept likewise. A chunk is gone
+through twice: how much the norm takes from a token is known only when all its channels are.
 """
 
 from __future__ import annotations
@@ -17,203 +18,236 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import mosaic
-from pallas_kernels.causal_conv1d import tpu_tile as conv
 from pallas_kernels.mamba2.tpu_tile import (
-    STRIP,
     VMEM_LIMIT_BYTES,
     Setup,
     before_activation,
-    d_inputs,
-    last_tile,
-    near_past,
-    place_past,
-    shifts,
+    columns_of,
+    fold,
+    keep_alpha,
+    later,
     silu_and_slope,
-    strip_of,
     taps,
     visible,
     widen,
 )
-from pallas_kernels.mosaic import LANES
-from pallas_kernels.ssd.tpu_backward import chunk_gradients, sum_channels, sum_parts
-from pallas_kernels.ssd.tpu_chunk import by_head, decays
+from pallas_kernels.mosaic import LANES, SUBLANES, dot
+from pallas_kernels.ssd import tpu_chunk
+from pallas_kernels.ssd.tpu_backward import chunk_gradients, sum_parts, with_scores
+from pallas_kernels.ssd.tpu_chunk import by_head, cumulative, decays
 from pallas_kernels.ssd.tpu_forward import write_output
 
-INPUTS: tuple[str, ...] = ("first", "x", "z", "d_out", "columns", "past", "scale", "log_decay", "B", "C", "D")
-INPUTS += ("starts", "d_final", "overlap")
-OUTPUTS = ("dx", "dz", "d_columns", "d_past", "d_scale", "d_log_decay", "dB", "dC", "dD", "d_initial")
-SCRATCH = ("now", "before", "mixed", "raw", "y", "d", "after", "reach_after", "sums", "dR", "carried", "wide")
+# What comes in, by the kind of its block, and what goes out.
+INPUTS = {"x": "ahead", "z": "channels", "d_out": "channels", "columns": "columns", "past": "past"}
+INPUTS |= {"scale": "parts", "log_decay": "heads", "B": "group", "C": "group", "D": "skip"}
+INPUTS |= {"starts": "starts", "d_final": "state", "overlap": "skip_batch"}
+NORM = {"inverse": "block_row"}
+PACKED = {"reach": "row", "counts": "counts"}
+OUTPUTS = {"dx": "channels", "dz": "channels", "sums": "sums", "d_past": "past", "d_scale": "parts"}
+OUTPUTS |= {"d_log_decay": "heads", "dB": "group_parts", "dC": "group_parts", "dD": "skip_batch"}
+OUTPUTS |= {"d_initial": "state"}
 
 
-def _kernel(*refs, setup: Setup):
-    named = dict.fromkeys(("inverse", "pull", "reach", "counts"))
-    names = _input_names(setup) + OUTPUTS + SCRATCH
-    ref: Any = types.SimpleNamespace(**named | dict(zip(names, refs, strict=True)))
-    step, first = pl.program_id(2), ref.first[pl.program_id(0)]
+def _kernel(*refs, setup: Setup, names: tuple[str, ...]):
+    ref: Any = types.SimpleNamespace(**dict(zip(names, refs, strict=True)))
+    step, plan = pl.program_id(2), setup.plan
 
     @pl.when(step == 0)
     def _():
         ref.dR[...], ref.carried[...] = ref.d_final[...], ref.overlap[...]
-        for sums in (ref.dD, ref.sums, ref.after, ref.reach_after, ref.d_past):
+        ref.now[...] = ref.x[...]
+        for sums in (ref.dD, ref.sums, ref.after, ref.reach_after):
             sums[...] = jnp.zeros_like(sums)
-        widen(ref.columns, ref.wide)
+        widen(setup, ref.columns, ref.wide)
 
     @pl.when(step > 0)
     def _():
-        _chunk(ref, setup, setup.plan.chunks - step, first)
+        _chunk(ref, setup, plan.chunks - step)
 
-    ref.now[...] = ref.x[...]
-
-    @pl.when(step == setup.plan.chunks)
+    @pl.when(step == plan.chunks)
     def _():
         ref.d_initial[...] = ref.dR[...]
-        for k in range(setup.width + 2):
-            ref.d_columns[:, k : k + 1] = jnp.sum(ref.sums[k], axis=1, keepdims=True)
+        reaches = _reaches(ref, setup, jnp.zeros_like(ref.reach)) if plan.packed else None
+        nothing = jnp.zeros((setup.strip, plan.chunk), ref.past.dtype)
+
+        def past(rows, number):
+            d_past = _unconvolve(ref, setup, ref.past[rows, :], nothing, reaches, rows, number)
+            ref.d_past[rows, :] = d_past.astype(ref.d_past.dtype)
+
+        setup.for_all_strips(past)
 
 
-def _chunk(ref: Any, setup: Setup, chunk, first) -> None:
-    plan, start = setup.plan, chunk * setup.plan.chunk
-    reach = None if ref.reach is None else conv.for_strip(ref.reach[...], ref.x, STRIP)
-    near = near_past(first, start, setup)
-    ref.before[...] = last_tile(ref.x[...])
-    pl.when(near)(lambda: place_past(ref.past, ref.before, ref.now, first, start))
+def _chunk(ref: Any, setup: Setup, chunk) -> None:
+    plan = setup.plan
+    reach = ref.reach[...] if plan.packed else None
+    counts = ref.counts[...] if plan.packed else None
+    B, C, seen = ref.B[...], ref.C[...], tpu_chunk.visible(plan.chunk, counts)
+    keep_alpha(setup, ref.alpha, ref.log_decay)
+    ref.scores[...] = jnp.where(seen, dot(B, C, (1, 1)), 0.0)
+    for sums in (ref.along, ref.d_scores, ref.dB, ref.dC):
+        sums[...] = jnp.zeros_like(sums)
 
-    earlier = shifts(plan.chunk, setup.width, ref.now.dtype, ahead=False)
+    def again(i, rows):
+        setup.for_strips(i, rows, functools.partial(_mix, ref, setup, reach, chunk))
+        x, R, decay = (
+            by_head(ref.mixed[rows, :], setup.part),
+            ref.starts[rows, :],
+            decays(ref.alpha[i], counts),
+        )
+        write_output(ref.y.at[rows, :], x, ref.scale[i], ref.scores[...], C, ref.D[i], R, decay)
+        if setup.norm:
+            setup.for_strips(i, rows, functools.partial(_take_norm, ref, setup, reach))
 
-    def mix(rows):
-        inputs = taps(ref.before, ref.now, rows, reach, earlier)
-        raw = before_activation(inputs, strip_of(ref.wide, rows))
-        mixed, _ = silu_and_slope(raw)
-        ref.raw[rows, :] = raw
-        ref.mixed[rows, :] = visible(mixed, reach).astype(ref.mixed.dtype)
+    setup.for_parts(again)
+    pull = None
+    if setup.norm:
+        along = jnp.sum(ref.along[...], axis=0, keepdims=True)
+        pull = ref.inverse[...] ** 3 * along * (1 / plan.rows)
+    reaches = None if reach is None else _reaches(ref, setup, reach)
 
-    conv.for_strips(ref.x, mix, STRIP)
-    x, scale = by_head(ref.mixed[...], plan.block), ref.scale[...]
-    B, C, D, R = ref.B[...], ref.C[...], ref.D[...], ref.starts[...]
-    decay = decays(ref.log_decay[...], None if ref.counts is None else ref.counts[...])
-    write_output(ref.y, x, scale, B, C, D, R, decay)
-    conv.for_strips(ref.x, functools.partial(_gate, ref, setup, reach), STRIP)
+    def back(i, rows):
+        setup.for_strips(i, rows, functools.partial(_ungate, ref, setup, reach, pull))
+        _unmix_states(ref, setup, counts, B, C, i, rows)
+        setup.for_strips(i, rows, functools.partial(_unmix, ref, setup, reaches))
 
-    dy = by_head(ref.d[...], plan.block)
-    d = chunk_gradients(x, scale, B, C, R, dy, ref.dR[...], decay)
-    ref.d[...] = (d.u * scale[:, None, :] + dy * D[:, :, None]).reshape(-1, plan.chunk)
-    ref.dD[...] += sum_channels(dy * x)
-    ref.d_scale[...], ref.d_log_decay[...] = d.scale, d.log_decay + ref.carried[...]
-    ref.dB[...], ref.dC[...] = d.B, d.C
-    ref.dR[...], ref.carried[...] = d.R, d.overlap
-
-    reach_both = None if reach is None else jnp.concatenate([reach, ref.reach_after[...]], axis=1)
-    later = shifts(plan.chunk, setup.width, ref.now.dtype, ahead=True)
-    reaches = None
-    if reach_both is not None:
-        reaches = [reach_both[:, back : back + plan.chunk] for back in range(setup.width)]
-
-    def unmix(rows):
-        d = _before_silu(ref, setup, reach, earlier, rows)
-        dx = d_inputs(d, ref.after[rows, :], reaches, strip_of(ref.wide, rows), later)
-        ref.dx[rows, :] = visible(dx, reach).astype(ref.dx.dtype)
-        both = jnp.concatenate([d, ref.after[rows, :]], axis=1)
-        ref.after[rows, :] = both[:, :LANES]
-
-        @pl.when(near)
-        def _():
-            columns = ref.columns[rows, :]
-            ref.d_past[rows, :] += conv.d_past(both, reach_both, columns, setup.width, first, start)
-
-    conv.for_strips(ref.x, unmix, STRIP)
-    if reach_both is not None:
-        ref.reach_after[...] = reach_both[:, :LANES]
+    setup.for_parts(back)
+    ref.dB[...], ref.dC[...] = with_scores(
+        ref.dB[...], ref.dC[...], jnp.where(seen, ref.d_scores[...], 0.0), B, C
+    )
+    d_alpha = jnp.concatenate([ref.d_alpha[i] for i in range(setup.parts)], axis=0)
+    ref.d_log_decay[...] = cumulative(d_alpha, reverse=True)
+    if reach is not None:
+        ref.reach_after[...] = jnp.broadcast_to(reach, ref.reach_after.shape)
 
 
-def _gate(ref: Any, setup: Setup, reach, rows) -> None:
+def _mix(ref: Any, setup: Setup, reach, chunk, rows, *_) -> None:
+    """The convolution of a strip, its SiLU and the slope of that."""
+    before = jnp.where(chunk == 0, ref.past[rows, :], ref.x[rows, :])
+    inputs = taps(before, ref.now[rows, :], reach, setup.width)
+    mixed, slope = silu_and_slope(before_activation(inputs, columns_of(ref.wide, rows, setup.plan.chunk)))
+    ref.mixed[rows, :] = visible(mixed, reach).astype(ref.mixed.dtype)
+    ref.slope[rows, :] = visible(slope, reach).astype(ref.slope.dtype)
+
+
+def _take_norm(ref: Any, setup: Setup, reach, rows, *_) -> None:
+    """How the cotangent of the normalised y lies along y."""
+    silu = silu_and_slope(ref.z[rows, :].astype(jnp.float32))[0]
+    weight = columns_of(ref.wide, rows, setup.plan.chunk)[setup.width + 1]
+    along = ref.y[rows, :] * silu * (ref.d_out[rows, :].astype(jnp.float32) * weight)
+    ref.along[...] += fold(visible(along, reach))
+
+
+def _ungate(ref: Any, setup: Setup, reach, pull, rows, within, number) -> None:
     """Cotangents of y, into ``ref.d``, and of z, of a strip; the sum for the norm's weight."""
-    y, d_out = ref.y[rows, :], ref.d_out[rows, :].astype(jnp.float32)
+    y, d_out = ref.y[rows, :], visible(ref.d_out[rows, :].astype(jnp.float32), reach)
     silu, slope = silu_and_slope(ref.z[rows, :].astype(jnp.float32))
     d_gated = d_out
-    if setup.norm:
-        gated, inverse = y * silu, ref.inverse[...]
-        weight = ref.wide[setup.width + 1, rows, :]
-        ref.sums[setup.width + 1, rows, :] += conv.fold(visible(d_out * gated * inverse, reach))
-        d_gated = d_out * weight * inverse - gated * ref.pull[...]
-    d_gated = visible(d_gated, reach)
-    ref.d[rows, :] = d_gated * silu
+    if pull is not None:
+        gated, scaled = y * silu, d_out * ref.inverse[...]
+        weight = columns_of(ref.wide, rows, setup.plan.chunk)[setup.width + 1]
+        ref.sums[number] += _over_time(setup, {setup.width + 1: scaled * gated}, ref.x.dtype)
+        d_gated = scaled * weight - visible(gated * pull, reach)
+    ref.d[within, :] = d_gated * silu
     ref.dz[rows, :] = (d_gated * y * slope).astype(ref.dz.dtype)
 
 
-def _before_silu(ref: Any, setup: Setup, reach, shift, rows):
-    """Cotangent of the convolution of x, of a strip; the sums for taps and bias."""
-    _, slope = silu_and_slope(ref.raw[rows, :])
-    d = visible(ref.d[rows, :] * slope, reach)
-    for back, tap in enumerate(taps(ref.before, ref.now, rows, reach, shift)):
-        ref.sums[setup.width - 1 - back, rows, :] += conv.fold(d * tap)
-    ref.sums[setup.width, rows, :] += conv.fold(d)
-    return d
+def _unmix_states(ref: Any, setup: Setup, counts, B, C, i, rows) -> None:
+    """The SSD of a part backward: the cotangent of y in ``ref.d`` becomes that of the convolved x."""
+    x, dy = by_head(ref.mixed[rows, :], setup.part), by_head(ref.d[...], setup.part)
+    D, scale = ref.D[i], ref.scale[i]
+    skipped = jnp.sum(dy * x, 1)
+    read = jnp.sum(dy * by_head(ref.y[rows, :], setup.part), 1) - D * skipped
+    R, decay = ref.starts[rows, :], decays(ref.alpha[i], counts)
+    d = chunk_gradients(x, scale, ref.scores[...], B, C, R, dy, ref.dR[rows, :], decay, read)
+    ref.d[...] = (d.u * scale[:, None, :] + dy * D[:, :, None]).reshape(-1, setup.plan.chunk)
+    ref.dD[i] += jnp.sum(skipped, 1, keepdims=True)
+    ref.d_scale[i] = d.scale
+    last = jax.lax.broadcasted_iota(jnp.int32, d.alpha.shape, 1) == setup.plan.chunk - 1
+    ref.d_alpha[i] = d.alpha + jnp.where(last, ref.carried[i], 0.0)
+    ref.d_scores[...] += d.scores
+    ref.dB[...] += d.B
+    ref.dC[...] += d.C
+    ref.dR[rows, :], ref.carried[i] = d.R, d.overlap
 
 
-def _input_names(setup: Setup) -> tuple[str, ...]:
-    return INPUTS + ("inverse", "pull") * setup.norm + ("reach", "counts") * setup.plan.packed
+def _unmix(ref: Any, setup: Setup, reaches, rows, within, number) -> None:
+    """The convolution of a strip backward."""
+    d = ref.d[within, :] * ref.slope[rows, :].astype(jnp.float32)
+    dx = _unconvolve(ref, setup, ref.now[rows, :], d, reaches, rows, number)
+    ref.dx[rows, :] = dx.astype(ref.dx.dtype)
+    ref.after[rows, :] = d.astype(ref.after.dtype)
+    ref.now[rows, :] = ref.x[rows, :]
+
+
+def _unconvolve(ref: Any, setup: Setup, x, d, reaches, rows, number) -> jax.Array:
+    """Cotangent of the inputs ``x`` of a strip whose convolution has ``d``; the sums for taps and bias."""
+    width, columns = setup.width, columns_of(ref.wide, rows, setup.plan.chunk)
+    seen = [d.astype(jnp.float32), *later(d.astype(ref.after.dtype), ref.after[rows, :], width)]
+    if reaches is not None:
+        seen[1:] = [jnp.where(reaches[back] > back, t, 0) for back, t in enumerate(seen[1:], 1)]
+    x = x.astype(jnp.float32)
+    products = {width - 1 - back: x * t for back, t in enumerate(seen)} | {width: seen[0]}
+    ref.sums[number] += _over_time(setup, products, ref.x.dtype)
+    return sum(t * columns[width - 1 - back] for back, t in enumerate(seen))
+
+
+def _over_time(setup: Setup, products: dict[int, jax.Array], dtype) -> jax.Array:
+    """Sums over time [sums, strip] of blocks [strip, Q], each in the row that is its key.
+
+    A product with ones, which is cheaper than sums along lanes."""
+    shape = (setup.sums, setup.plan.chunk)
+    row = jax.lax.broadcasted_iota(jnp.int32, shape, 0)
+    ones = jnp.concatenate([(row == k).astype(dtype) for k in products], axis=1)
+    return dot(ones, jnp.concatenate([t.astype(dtype) for t in products.values()], axis=1), (1, 1))
+
+
+def _reaches(ref: Any, setup: Setup, reach) -> list[jax.Array]:
+    """The reach of the tokens 0, 1, ... K-1 later; ``reach`` and each of them [1, Q]."""
+    after, chunk = ref.reach_after[...], setup.plan.chunk
+    reach = jnp.broadcast_to(reach, after.shape)
+    lane = jax.lax.broadcasted_iota(jnp.int32, reach.shape, 1)
+    sources = [jnp.where(lane < back, after, reach) for back in range(1, setup.width)]
+    rolled = [pltpu.roll(source, chunk - back, 1) for back, source in enumerate(sources, 1)]
+    return [t[:1] for t in (reach, *rolled)]
 
 
 def backward(setup: Setup, arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """Gradients by the names of ``OUTPUTS``: dx, dz, dB and dC in the dtype of x, the others float32.
+    """Gradients by the names of ``OUTPUTS``: dx, dz, d_past, dB and dC in the dtype of x, the others float32;
+    instead of "sums" d_columns [H*P, K+2].
 
     Args:
-        arrays: by the names of ``INPUTS``, as in ``forward``; ``starts`` is what it saved, d_out [B, H*P, L]
-            the cotangent of the normalised result, ``overlap`` [B, H] <d_final, final>. With a norm,
-            ``inverse`` [B, G, 1, L] 1 / rms, and ``pull``, how much of the gated y its cotangent loses to it.
-            With segments, ``reach`` and ``counts``.
+        arrays: by the names of ``INPUTS``, with a norm ``NORM``, with segments ``PACKED``, as in ``forward``;
+            ``starts`` and ``inverse`` are what it saved, d_out [B, H*P, L] the cotangent of its y,
+            ``overlap`` [B, H] <d_final, final>.
     """
-    setup = setup.backward()
-    plan, f32 = setup.plan, jnp.float32
-    x, blocks = arrays["x"], (plan.batch, plan.head_blocks)
+    plan, specs = setup.plan, _specs(setup)
+    blocks, length = (plan.batch, plan.head_blocks), arrays["x"].shape[2]
     arrays = arrays | {
-        "scale": plan.split_heads(arrays["scale"]),
+        "scale": setup.split_parts(arrays["scale"]),
         "log_decay": plan.split_heads(arrays["log_decay"]),
-        "D": arrays["D"].reshape(-1, plan.block, 1),
-        "overlap": arrays["overlap"].reshape(*blocks, plan.block, 1),
+        "D": setup.split_parts(arrays["D"][:, None]),
+        "overlap": setup.split_parts(arrays["overlap"][..., None]),
     }
-    kinds = {"x": "x", "z": "channels", "d_out": "channels", "columns": "columns", "past": "past"}
-    kinds |= {
-        "first": "first",
-        "scale": "heads",
-        "log_decay": "heads",
-        "B": "group",
-        "C": "group",
-        "D": "head",
-    }
-    kinds |= {"starts": "starts", "d_final": "state", "overlap": "head_batch", "inverse": "group_row"}
-    kinds |= {"pull": "group_row", "reach": "row", "counts": "counts"}
-    length = x.shape[2]
-    by_head_shape, parts = (*blocks, plan.block, length), (*blocks, length, plan.d_state)
-    outputs = {
-        "dx": (x.shape, x.dtype, "channels"),
-        "dz": (x.shape, x.dtype, "channels"),
-        "d_columns": ((plan.batch, *arrays["columns"].shape), f32, "columns_batch"),
-        "d_past": (arrays["past"].shape, f32, "past"),
-        "d_scale": (by_head_shape, f32, "heads"),
-        "d_log_decay": (by_head_shape, f32, "heads"),
-        "dB": (parts, f32, "group_parts"),
-        "dC": (parts, f32, "group_parts"),
-        "dD": ((*blocks, plan.block, 1), f32, "head_batch"),
-        "d_initial": (arrays["d_final"].shape, f32, "state"),
-    }
-    specs, names = _specs(setup), _input_names(setup)
+    inputs = INPUTS | (NORM if setup.norm else {}) | (PACKED if plan.packed else {})
+    shapes = _shapes(setup, arrays)
+    scratch = _scratch(setup, arrays["x"].dtype)
     results = mosaic.tpu_call(
-        functools.partial(_kernel, setup=setup),
+        functools.partial(_kernel, setup=setup, names=(*inputs, *OUTPUTS, *scratch)),
         name="gated_ssd_backward",
         grid=(*blocks, plan.chunks + 1),
         semantics=("parallel", "parallel", "arbitrary"),
-        in_specs=[specs[kinds[name]] for name in names],
-        out_specs=[specs[kind] for _, _, kind in outputs.values()],
-        out_shape=[jax.ShapeDtypeStruct(shape, dtype) for shape, dtype, _ in outputs.values()],
-        scratch_shapes=_scratch(setup, x.dtype),
+        in_specs=[specs[kind] for kind in inputs.values()],
+        out_specs=[specs[kind] for kind in OUTPUTS.values()],
+        out_shape=[jax.ShapeDtypeStruct(*shapes[name]) for name in OUTPUTS],
+        scratch_shapes=list(scratch.values()),
         vmem_limit_bytes=VMEM_LIMIT_BYTES,
         interpret=plan.interpret,
-    )(*(arrays[name] for name in names))
-    d = dict(zip(outputs, results))
+    )(*(arrays[name] for name in inputs))
+    d = dict(zip(OUTPUTS, results))
     rows = (plan.batch, plan.heads, length)
+    columns = d.pop("sums").sum(0)[:, : setup.width + 2].swapaxes(1, 2)
     return d | {
-        "d_columns": d["d_columns"].sum(0),
+        "d_columns": columns.reshape(-1, setup.width + 2),
         "d_scale": d["d_scale"].reshape(rows),
         "d_log_decay": d["d_log_decay"].reshape(rows),
         "dB": sum_parts(plan, d["dB"], arrays["B"]),
@@ -222,38 +256,57 @@ def backward(setup: Setup, arrays: dict[str, jax.Array]) -> dict[str, jax.Array]
     }
 
 
+def _shapes(setup: Setup, arrays: dict[str, jax.Array]) -> dict[str, tuple]:
+    """Shape and dtype of every result."""
+    plan, x, f32 = setup.plan, arrays["x"], jnp.float32
+    parts = (plan.batch, plan.head_blocks, x.shape[2], plan.d_state)
+    return {
+        "dx": (x.shape, x.dtype),
+        "dz": (x.shape, x.dtype),
+        "sums": ((plan.batch, plan.head_blocks * setup.strips, setup.sums, setup.strip), f32),
+        "d_past": (arrays["past"].shape, x.dtype),
+        "d_scale": (arrays["scale"].shape, f32),
+        "d_log_decay": (arrays["log_decay"].shape, f32),
+        "dB": (parts, f32),
+        "dC": (parts, f32),
+        "dD": (arrays["overlap"].shape, f32),
+        "d_initial": (arrays["d_final"].shape, f32),
+    }
+
+
 def _specs(setup: Setup) -> dict[str, pl.BlockSpec]:
     """Every array a step late, but x."""
 
     def late(spec: pl.BlockSpec) -> pl.BlockSpec:
         index = spec.index_map
-        if index is None:
-            return spec
+        assert index is not None
         return pl.BlockSpec(spec.block_shape, lambda b, h, s: index(b, h, jnp.maximum(s - 1, 0)))
 
     plan = setup.plan
     ahead = pl.BlockSpec(
         (None, plan.rows, plan.chunk), lambda b, h, s: (b, h, jnp.maximum(plan.chunks - 1 - s, 0))
     )
-    return {kind: late(spec) for kind, spec in setup.specs(reverse=True).items()} | {"x": ahead}
+    return {kind: late(spec) for kind, spec in setup.specs(reverse=True).items()} | {"ahead": ahead}
 
 
-def _scratch(setup: Setup, dtype) -> list:
+def _scratch(setup: Setup, dtype) -> dict[str, Any]:
     plan, f32 = setup.plan, jnp.float32
-    block, tile = (plan.rows, plan.chunk), (plan.rows, LANES)
-    folded = LANES if plan.chunk % LANES == 0 else 1
+    block, by_head = (plan.rows, plan.chunk), (setup.parts, setup.part, plan.chunk)
     shapes = {
         "now": (block, dtype),
-        "before": (tile, dtype),
         "mixed": (block, dtype),
-        "raw": (block, f32),
+        "slope": (block, dtype),
         "y": (block, f32),
-        "d": (block, f32),
-        "after": (tile, f32),
-        "reach_after": ((conv.strip_of(plan.rows, STRIP), LANES), jnp.int32),
-        "sums": ((setup.width + 2, plan.rows, folded), f32),
+        "d": ((setup.part_rows, plan.chunk), f32),
+        "after": (block, dtype),
+        "reach_after": ((SUBLANES, plan.chunk), jnp.int32),
+        "along": ((SUBLANES, plan.chunk), f32),
+        "alpha": (by_head, f32),
+        "d_alpha": (by_head, f32),
+        "scores": ((plan.chunk, plan.chunk), f32),
+        "d_scores": ((plan.chunk, plan.chunk), f32),
         "dR": ((plan.rows, plan.d_state), f32),
-        "carried": ((plan.block, 1), f32),
-        "wide": ((setup.width + 2, *block), f32),
+        "carried": ((setup.parts, setup.part, 1), f32),
+        "wide": ((setup.width + 2, plan.rows, LANES), f32),
     }
-    return [pltpu.VMEM(*shapes[name]) for name in SCRATCH]
+    return {name: pltpu.VMEM(*shape) for name, shape in shapes.items()}

@@ -1,12 +1,10 @@
-"""The forward of a Mamba-2 layer for TPU: x is convolved in fast memory, y gated before it leaves.
-
-Raw x and z come in, and y silu(z) goes out with its sum of squares for each token and head block: the norm
-is a scale for each token, which XLA multiplies in as it reads y for the product that follows.
-"""
+"""The forward of a Mamba-2 layer for TPU: x is convolved, and y gated and normalised, in fast memory."""
 
 from __future__ import annotations
 
 import functools
+import types
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,142 +12,152 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import mosaic
-from pallas_kernels.causal_conv1d import tpu_tile as conv
 from pallas_kernels.mamba2.tpu_tile import (
-    STRIP,
     VMEM_LIMIT_BYTES,
     Setup,
     before_activation,
-    last_tile,
-    near_past,
-    place_past,
-    shifts,
+    columns_of,
+    fold,
+    keep_alpha,
     silu_and_slope,
-    strip_of,
     taps,
     visible,
     widen,
 )
-from pallas_kernels.mosaic import LANES, dot
+from pallas_kernels.mosaic import LANES, SUBLANES, dot
+from pallas_kernels.ssd import tpu_chunk
 from pallas_kernels.ssd.tpu_chunk import by_head, decays, over_channels, through
 from pallas_kernels.ssd.tpu_forward import write_output
 
+# What comes in, by the kind of its block ("row" and "counts" with segments only), and what goes out.
+INPUTS = {"x": "channels", "z": "channels", "columns": "columns", "past": "past", "scale": "parts"}
+INPUTS |= {"log_decay": "heads", "B": "group", "C": "group", "D": "skip", "initial": "state"}
+PACKED = {"reach": "row", "counts": "counts"}
+OUTPUTS = {"y": "channels", "final": "state"}
+SAVED = {"starts": "starts", "inverse": "block_row"}
 
-def _kernel(
-    first_ref,
-    x_ref,
-    z_ref,
-    columns_ref,
-    past_ref,
-    scale_ref,
-    log_decay_ref,
-    B_ref,
-    C_ref,
-    D_ref,
-    initial_ref,
-    *others,
-    setup: Setup,
-    save: bool,
-):
-    refs = list(others)
+
+def _kernel(*refs, setup: Setup, names: tuple[str, ...]):
+    ref: Any = types.SimpleNamespace(**dict(zip(names, refs, strict=True)))
     plan, step = setup.plan, pl.program_id(2)
-    reach = conv.for_strip(refs.pop(0)[...], x_ref, STRIP) if plan.packed else None
-    counts = refs.pop(0)[...] if plan.packed else None
-    gated_ref, squares_ref, final_ref = (refs.pop(0) for _ in range(3))
-    starts_ref = refs.pop(0) if save else None
-    state_ref, before_ref, now_ref, mixed_ref, y_ref, sums_ref, wide_ref = refs
-    start, first = step * plan.chunk, first_ref[pl.program_id(0)]
+    reach = ref.reach[...] if plan.packed else None
+    counts = ref.counts[...] if plan.packed else None
 
     @pl.when(step == 0)
     def _():
-        state_ref[...] = initial_ref[...]
-        before_ref[...] = jnp.zeros_like(before_ref)
-        widen(columns_ref, wide_ref)
+        ref.state[...] = ref.initial[...]
+        ref.before[...] = ref.past[...]
+        widen(setup, ref.columns, ref.wide)
 
-    now_ref[...] = x_ref[...]
-    pl.when(near_past(first, start, setup))(lambda: place_past(past_ref, before_ref, now_ref, first, start))
+    B, C = ref.B[...], ref.C[...]
+    keep_alpha(setup, ref.alpha, ref.log_decay)
+    ref.scores[...] = jnp.where(tpu_chunk.visible(plan.chunk, counts), dot(B, C, (1, 1)), 0.0)
+    ref.squares[...] = jnp.zeros_like(ref.squares)
 
-    shift = shifts(plan.chunk, setup.width, x_ref.dtype, ahead=False)
+    def part(i, rows):
+        setup.for_strips(i, rows, functools.partial(_mix, ref, setup, reach))
+        x, scale, R = by_head(ref.mixed[...], setup.part), ref.scale[i], ref.state[rows, :]
+        if "starts" in names:
+            ref.starts[rows, :] = R.astype(ref.starts.dtype)
+        decay = decays(ref.alpha[i], counts)
+        write_output(ref.part, x, scale, ref.scores[...], C, ref.D[i], R, decay)
+        written = dot(over_channels(x, decay.to_end * scale, B.dtype), B, (1, 0))
+        ref.state[rows, :] = through(R, decay) + written
+        setup.for_strips(i, rows, functools.partial(_gate, ref, setup, reach))
 
-    def mix(rows):
-        inputs = taps(before_ref, now_ref, rows, reach, shift)
-        mixed, _ = silu_and_slope(before_activation(inputs, strip_of(wide_ref, rows)))
-        mixed_ref[rows, :] = visible(mixed, reach).astype(mixed_ref.dtype)
+    setup.for_parts(part)
+    if setup.norm:
+        squares = jnp.sum(ref.squares[...], axis=0, keepdims=True)
+        inverse = jax.lax.rsqrt(squares * (1 / plan.rows) + setup.eps)
+        if "inverse" in names:
+            ref.inverse[...] = inverse
 
-    conv.for_strips(x_ref, mix, STRIP)
-    before_ref[...] = last_tile(now_ref[...])
+        def scale(rows, *_):
+            weight = columns_of(ref.wide, rows, plan.chunk)[setup.width + 1]
+            ref.y[rows, :] = (ref.gated[rows, :] * inverse * weight).astype(ref.y.dtype)
 
-    R = state_ref[...]
-    if starts_ref is not None:
-        starts_ref[...] = R.astype(starts_ref.dtype)
-    B, scale, decay = B_ref[...], scale_ref[...], decays(log_decay_ref[...], counts)
-    x = by_head(mixed_ref[...], plan.block)
-    write_output(y_ref, x, scale, B, C_ref[...], D_ref[...], R, decay)
-    state_ref[...] = through(R, decay) + dot(over_channels(x, decay.to_end * scale, B.dtype), B, (1, 0))
-
-    sums_ref[...] = jnp.zeros_like(sums_ref)
-
-    def gate(rows):
-        silu, _ = silu_and_slope(z_ref[rows, :].astype(jnp.float32))
-        gated = visible(y_ref[rows, :] * silu, reach)
-        gated_ref[rows, :] = gated.astype(gated_ref.dtype)
-        sums_ref[...] += gated * gated
-
-    conv.for_strips(x_ref, gate, STRIP)
-    squares_ref[...] = jnp.sum(sums_ref[...], axis=0, keepdims=True)
+        setup.for_parts(lambda i, rows: setup.for_strips(i, rows, scale))
 
     @pl.when(step == plan.chunks - 1)
     def _():
-        final_ref[...] = state_ref[...]
+        ref.final[...] = ref.state[...]
 
 
-def forward(
-    setup: Setup, x, z, columns, past, scale, log_decay, B, C, D, state, reach, first, counts, *, save: bool
-):
-    """y silu(z) [B, H*P, L]; its sums of squares [B, H/K, 1, L]; the final state; chunk-start states or None.
+def _mix(ref: Any, setup: Setup, reach, rows, within, _) -> None:
+    """Convolution and SiLU of a strip."""
+    inputs = taps(ref.before[rows, :], ref.x[rows, :], reach, setup.width)
+    mixed, _ = silu_and_slope(before_activation(inputs, columns_of(ref.wide, rows, setup.plan.chunk)))
+    ref.mixed[within, :] = visible(mixed, reach).astype(ref.mixed.dtype)
+    ref.before[rows, :] = ref.x[rows, :]
 
-    x, z [B, H*P, L]; columns, past, reach [B, 1, L] and first [B] as in ``Setup.specs``; the others as in
-    ``ssd/tpu_forward.py``.
+
+def _gate(ref: Any, setup: Setup, reach, rows, within, _) -> None:
+    """The gate of a strip, and its sums of squares for the norm."""
+    silu, _ = silu_and_slope(ref.z[rows, :].astype(jnp.float32))
+    gated = visible(ref.part[within, :] * silu, reach)
+    if setup.norm:
+        ref.gated[rows, :] = gated
+        ref.squares[...] += fold(gated * gated)
+    else:
+        ref.y[rows, :] = gated.astype(ref.y.dtype)
+
+
+def forward(setup: Setup, arrays: dict[str, jax.Array], *, save: bool) -> dict[str, jax.Array]:
+    """By the names of ``OUTPUTS`` and, to ``save`` for the backward, of ``SAVED``:
+
+    y [B, H*P, L] after the norm, the final state, the chunk-start states in the dtype of B, and with a norm
+    1 / rms [B, H/block, 1, L].
+
+    Args:
+        arrays: by the names of ``INPUTS`` and with segments ``PACKED``: x, z [B, H*P, L], the others as in
+            :meth:`Setup.specs` (``past`` in the last K-1 of its tokens) and ``ssd/tpu_forward.py``.
     """
     plan, specs, f32 = setup.plan, setup.specs(), jnp.float32
-    inputs = [
-        (first, "first"),
-        (x, "channels"),
-        (z, "channels"),
-        (columns, "columns"),
-        (past, "past"),
-        (plan.split_heads(scale), "heads"),
-        (plan.split_heads(log_decay), "heads"),
-        (B, "group"),
-        (C, "group"),
-        (D.reshape(-1, plan.block, 1), "head"),
-        (state, "state"),
-    ]
-    if plan.packed:
-        inputs += [(reach, "row"), (counts, "counts")]
-    squares = (plan.batch, plan.head_blocks, 1, x.shape[2])
-    outputs = [(x.shape, x.dtype, "channels"), (squares, f32, "block_row"), (state.shape, f32, "state")]
-    if save:
-        outputs.append(((plan.batch, plan.chunks, *state.shape[1:]), B.dtype, "starts"))
-    block = (plan.rows, plan.chunk)
+    x, state = arrays["x"], arrays["initial"]
+    arrays = arrays | {
+        "scale": setup.split_parts(arrays["scale"]),
+        "log_decay": plan.split_heads(arrays["log_decay"]),
+        "D": setup.split_parts(arrays["D"][:, None]),
+    }
+    inputs = INPUTS | (PACKED if plan.packed else {})
+    shapes = {
+        "y": (x.shape, x.dtype),
+        "final": (state.shape, f32),
+        "starts": ((plan.batch, plan.chunks, *state.shape[1:]), arrays["B"].dtype),
+        "inverse": ((plan.batch, plan.head_blocks, 1, x.shape[2]), f32),
+    }
+    outputs = OUTPUTS | (SAVED if save else {})
+    if not setup.norm:
+        outputs = {name: kind for name, kind in outputs.items() if name != "inverse"}
+    scratch = _scratch(setup, x.dtype)
     results = mosaic.tpu_call(
-        functools.partial(_kernel, setup=setup, save=save),
+        functools.partial(_kernel, setup=setup, names=(*inputs, *outputs, *scratch)),
         name="gated_ssd_forward",
         grid=(plan.batch, plan.head_blocks, plan.chunks),
         semantics=("parallel", "parallel", "arbitrary"),
-        in_specs=[specs[kind] for _, kind in inputs],
-        out_specs=[specs[kind] for _, _, kind in outputs],
-        out_shape=[jax.ShapeDtypeStruct(shape, dtype) for shape, dtype, _ in outputs],
-        scratch_shapes=[
-            pltpu.VMEM((plan.rows, plan.d_state), f32),
-            pltpu.VMEM((plan.rows, LANES), x.dtype),
-            pltpu.VMEM(block, x.dtype),
-            pltpu.VMEM(block, x.dtype),
-            pltpu.VMEM(block, f32),
-            pltpu.VMEM((conv.strip_of(plan.rows, STRIP), plan.chunk), f32),
-            pltpu.VMEM((setup.width + 2, *block), f32),
-        ],
+        in_specs=[specs[kind] for kind in inputs.values()],
+        out_specs=[specs[kind] for kind in outputs.values()],
+        out_shape=[jax.ShapeDtypeStruct(*shapes[name]) for name in outputs],
+        scratch_shapes=list(scratch.values()),
         vmem_limit_bytes=VMEM_LIMIT_BYTES,
         interpret=plan.interpret,
-    )(*(array for array, _ in inputs))
-    return (*results, None)[:4]
+    )(*(arrays[name] for name in inputs))
+    return dict(zip(outputs, results))
+
+
+def _scratch(setup: Setup, dtype) -> dict[str, Any]:
+    plan, f32 = setup.plan, jnp.float32
+    block, part = (plan.rows, plan.chunk), (setup.part_rows, plan.chunk)
+    shapes = {
+        "state": ((plan.rows, plan.d_state), f32),
+        "before": (block, dtype),
+        "wide": ((setup.width + 2, plan.rows, LANES), f32),
+        "alpha": ((setup.parts, setup.part, plan.chunk), f32),
+        "scores": ((plan.chunk, plan.chunk), f32),
+        "mixed": (part, dtype),
+        "part": (part, f32),
+        "squares": ((SUBLANES, plan.chunk), f32),
+    }
+    if setup.norm:
+        shapes["gated"] = (block, f32)
+    return {name: pltpu.VMEM(*shape) for name, shape in shapes.items()}

@@ -1,135 +1,191 @@
-"""What the fused kernels of a Mamba-2 layer share: their static facts, and the convolution of a chunk of x.
+"""What the fused kernels of a Mamba-2 layer share: their static facts, and the convolution of a strip of x.
 
-They are the SSD kernels (``ssd/tpu_chunk.py``: a chunk of Q tokens of a block of heads a grid step, time in
-lanes) with the convolution of x before and the gate after. Elementwise work goes strip by strip of channels.
+They are the SSD kernels (``ssd/tpu_chunk.py``: chunks of Q tokens, time in lanes) with the convolution of x
+before and the gated norm after. A grid step takes all heads over which y is normalised, part by part: what
+lives between the stages of a part is small, and the norm needs no second pass over main memory.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.causal_conv1d import tpu_tile as conv
-from pallas_kernels.mosaic import LANES, MiB, dot, quotient, remainder, sigmoid
-from pallas_kernels.ssd.tpu_chunk import Plan
+from pallas_kernels.mosaic import LANES, SUBLANES, MiB, sigmoid
+from pallas_kernels.ssd.tpu_chunk import Plan, cumulative
 
 VMEM_LIMIT_BYTES = 60 * MiB  # v5p has 64
-STRIP = 128  # channels worked on at once
+STRIP = 64  # channels worked on at once
 
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
-    """Static: the plan of the SSD, the taps K of the convolution, and whether (and how) y is normalised."""
+    """Static facts of a call.
+
+    Attributes:
+        plan: of the SSD; its ``block`` is the heads of a grid step, the same forward and backward.
+        part: heads worked on at once; divides ``plan.block``.
+        width: taps K of the convolution.
+        norm: whether y is normalised, over the channels of a grid step. eps: in its root.
+    """
 
     plan: Plan
+    part: int
     width: int
     norm: bool
     eps: float
 
-    def backward(self) -> Setup:
-        return dataclasses.replace(self, plan=self.plan.backward())
+    @property
+    def parts(self) -> int:
+        """Parts of a grid step."""
+        return self.plan.block // self.part
+
+    @property
+    def part_rows(self) -> int:
+        """Channels of a part."""
+        return self.part * self.plan.headdim
+
+    @property
+    def strip(self) -> int:
+        """Channels of a strip."""
+        return STRIP if self.part_rows % STRIP == 0 else self.plan.headdim
+
+    @property
+    def strips(self) -> int:
+        """Strips of a grid step."""
+        return self.plan.rows // self.strip
+
+    @property
+    def sums(self) -> int:
+        """Rows of sums over time, a multiple of 8: one for each column of :meth:`specs`."""
+        return -(-(self.width + 2) // SUBLANES) * SUBLANES
+
+    def fast_memory(self, itemsize: int) -> int:
+        """Bytes that a grid step of the backward holds: its blocks, their second buffers, scratch."""
+        plan, states = self.plan, self.plan.d_state * (2 * itemsize + 20)
+        blocks = plan.chunk * (2 * 7 * itemsize + 4 * itemsize + 4)
+        return plan.rows * (blocks + states + 4 * LANES * (self.width + 2))
+
+    def split_parts(self, t: jax.Array) -> jax.Array:
+        """[.., H, *] -> [.., H/part, part, *] of the axis before the last."""
+        return t.reshape(*t.shape[:-2], -1, self.part, t.shape[-1])
 
     def specs(self, reverse: bool = False) -> dict[str, pl.BlockSpec]:
-        """Those of the SSD, and: "first", an integer a row; "columns" [H*P, K+2], taps, bias and the norm's
-        weight of each channel; "past" [B, H*P, K-1]; "row" [B, 1, L]; "block_row" and "group_row", a row for
-        each head block and each group, [B, .., 1, L]."""
-        plan, rows = self.plan, self.plan.rows
+        """Those of the SSD, and: "parts" [B, H/part, part, L]; "skip" [H/part, part, 1], "skip_batch" with B;
+        "columns" [H*P, K+2], taps, bias and the norm's weight of each channel; "past" [B, H*P, Q]; "row"
+        [B, 1, L]; "block_row" [B, H/block, 1, L]; "sums" [B, H*P/strip, sums, strip]."""
+        plan, rows, Q = self.plan, self.plan.rows, self.plan.chunk
 
         def at(c):
             return plan.chunks - 1 - c if reverse else c
 
-        row = (None, None, 1, plan.chunk)
+        heads = (self.parts, self.part)
         return plan.specs(reverse) | {
-            "first": pl.BlockSpec(memory_space=pltpu.SMEM),
+            "parts": pl.BlockSpec((None, *heads, Q), lambda b, h, c: (b, h, 0, at(c))),
+            "skip": pl.BlockSpec((*heads, 1), lambda b, h, c: (h, 0, 0)),
+            "skip_batch": pl.BlockSpec((None, *heads, 1), lambda b, h, c: (b, h, 0, 0)),
             "columns": pl.BlockSpec((rows, self.width + 2), lambda b, h, c: (h, 0)),
-            "columns_batch": pl.BlockSpec((None, rows, self.width + 2), lambda b, h, c: (b, h, 0)),
-            "past": pl.BlockSpec((None, rows, self.width - 1), lambda b, h, c: (b, h, 0)),
-            "row": pl.BlockSpec((None, 1, plan.chunk), lambda b, h, c: (b, 0, at(c))),
-            "block_row": pl.BlockSpec(row, lambda b, h, c: (b, h, 0, at(c))),
-            "group_row": pl.BlockSpec(row, lambda b, h, c: (b, quotient(h, plan.group_blocks), 0, at(c))),
+            "past": pl.BlockSpec((None, rows, Q), lambda b, h, c: (b, h, 0)),
+            "row": pl.BlockSpec((None, 1, Q), lambda b, h, c: (b, 0, at(c))),
+            "block_row": pl.BlockSpec((None, None, 1, Q), lambda b, h, c: (b, h, 0, at(c))),
+            "sums": pl.BlockSpec((None, self.strips, self.sums, self.strip), lambda b, h, c: (b, h, 0, 0)),
         }
 
+    def for_parts(self, visit: Callable) -> None:
+        """``visit(part, rows)`` for each part of a grid step, ``rows`` being its channels."""
+        size = self.part_rows
 
-def near_past(first, start, setup: Setup):
-    """Whether the past, K-1 inputs before token ``first``, is in the chunk or the 128 tokens before it."""
-    return (first > start - LANES) & (first < start + setup.plan.chunk + setup.width)
+        def step(i, _):
+            visit(i, pl.ds(pl.multiple_of(i * size, size), size))
+            return 0
+
+        jax.lax.fori_loop(0, self.parts, step, 0)
+
+    def for_strips(self, part, rows, visit: Callable) -> None:
+        """``visit(rows, within, number)`` for the strips of a part: its rows of the grid step, those of the
+        part, and its number. Written out, so that the compiler interleaves them."""
+        count = self.part_rows // self.strip
+        for i in range(count):
+            start = pl.multiple_of(rows.start + i * self.strip, self.strip)
+            visit(pl.ds(start, self.strip), pl.ds(i * self.strip, self.strip), part * count + i)
+
+    def for_all_strips(self, visit: Callable) -> None:
+        """``visit(rows, number)`` for every strip of a grid step: for what is done once a row."""
+
+        def step(i, _):
+            visit(pl.ds(pl.multiple_of(i * self.strip, self.strip), self.strip), i)
+            return 0
+
+        jax.lax.fori_loop(0, self.strips, step, 0)
 
 
-def place_past(past_ref, before_ref, now_ref, first, start) -> None:
-    """Write the past over the inputs of a chunk and of the 128 tokens before it."""
+def widen(setup: Setup, columns_ref, wide_ref) -> None:
+    """Every column as a block of a tile of lanes, once a row: broadcasting along lanes is dear."""
 
-    def strip(rows):
-        window = jnp.concatenate([before_ref[rows, :], now_ref[rows, :]], axis=1).astype(jnp.float32)
-        past = past_ref[rows, :].astype(jnp.float32)
-        window = conv.place(window, past, conv.times(window.shape, start) - first).astype(now_ref.dtype)
-        before_ref[rows, :], now_ref[rows, :] = window[:, :LANES], window[:, LANES:]
+    def strip(rows, _):
+        for k in range(wide_ref.shape[0]):
+            shape = (setup.strip, wide_ref.shape[2])
+            wide_ref[k, rows, :] = jnp.broadcast_to(columns_ref[rows, k : k + 1], shape)
 
-    conv.for_strips(now_ref, strip, STRIP)
+    setup.for_all_strips(strip)
 
 
-def shifts(chunk: int, width: int, dtype, *, ahead: bool) -> jax.Array:
-    """0-1 matrix [Q + 128, (K-1) Q]: a window times it is the chunk 1, 2, ... tokens earlier or later.
+def columns_of(wide_ref, rows, chunk: int) -> list[jax.Array]:
+    """The columns of a strip, as blocks [strip, Q]."""
+    copies = max(chunk // LANES, 1)
+    tiles = [wide_ref[k, rows, :] for k in range(wide_ref.shape[0])]
+    return [jnp.concatenate([t] * copies, axis=1) if copies > 1 else t[:, :chunk] for t in tiles]
 
-    The window is a chunk behind the tile before it, or (``ahead``) before the tile after it. Copying through
-    the matrix unit is exact, and much cheaper than shifting lanes: a chunk is a tile or two wide.
+
+def taps(before: jax.Array, now: jax.Array, reach: jax.Array | None, width: int) -> list[jax.Array]:
+    """The inputs of a strip under each tap, the current token's first, float32.
+
+    ``before``, ``now`` [strip, Q]: of the chunk before and of this one. ``reach`` [1, Q]: how many of the
+    last K inputs, its own among them, a token sees (None: all).
     """
-    shape = (chunk + LANES, (width - 1) * chunk)
-    source, target = (jax.lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (0, 1))
-    by = quotient(target, chunk) + 1
-    start = by if ahead else LANES - by
-    return (source == remainder(target, chunk) + start).astype(dtype)
-
-
-def taps(before_ref, now_ref, rows, reach, shift: jax.Array) -> list[jax.Array]:
-    """The chunk's inputs under each tap, the current token's first, float32."""
-    now = now_ref[rows, :]
-    earlier = _split(dot(jnp.concatenate([before_ref[rows, :], now], axis=1), shift, (1, 0)), now.shape[1])
-    taps = [now.astype(jnp.float32), *earlier]
+    chunk, words = now.shape[1], (_words(before), _words(now))
+    lane = _lanes(words[1])
+    taps = [now.astype(jnp.float32)]
+    for back in range(1, width):
+        source = jnp.where(lane >= chunk - back, *words)
+        taps.append(_floats(pltpu.roll(source, back, 1), now.shape[0]))
     return taps if reach is None else [jnp.where(reach > back, tap, 0) for back, tap in enumerate(taps)]
 
 
-def widen(columns_ref, wide_ref) -> None:
-    """Every column as a block [H*P, Q], once a row: broadcasting along lanes is dear."""
+def later(now: jax.Array, after: jax.Array, width: int) -> list[jax.Array]:
+    """``now`` [strip, Q], of which ``after`` is the chunk behind, 1, 2, ... K-1 tokens later, float32."""
+    chunk, words = now.shape[1], (_words(after), _words(now))
+    lane = _lanes(words[1])
+    sources = [jnp.where(lane < back, *words) for back in range(1, width)]
+    return [
+        _floats(pltpu.roll(source, chunk - back, 1), now.shape[0]) for back, source in enumerate(sources, 1)
+    ]
 
-    def strip(rows):
-        for k in range(wide_ref.shape[0]):
-            shape = (columns_ref[rows, :].shape[0], wide_ref.shape[2])
-            wide_ref[k, rows, :] = jnp.broadcast_to(columns_ref[rows, k : k + 1], shape)
 
-    conv.for_strips(columns_ref, strip, STRIP)
+def _lanes(t: jax.Array) -> jax.Array:
+    return jax.lax.broadcasted_iota(jnp.int32, t.shape, 1)
+
+
+def _words(t: jax.Array) -> jax.Array:
+    """What lanes are rotated of: 32 bits, in which two channels of 16 travel together."""
+    if t.dtype.itemsize == 4:
+        return t
+    return t.astype(jnp.float32) if t.shape[0] % (2 * SUBLANES) else pltpu.bitcast(t, jnp.int32)
+
+
+def _floats(words: jax.Array, channels: int) -> jax.Array:
+    """float32 of the channels that :func:`_words` packed."""
+    return words if words.shape[0] == channels else pltpu.bitcast(words, jnp.bfloat16).astype(jnp.float32)
 
 
 def before_activation(taps: list[jax.Array], columns: list[jax.Array]) -> jax.Array:
-    """The convolution, bias included, of a strip; ``columns`` as :func:`widen` makes them."""
+    """The convolution, bias included, of a strip; ``columns`` as :func:`columns_of` gives them."""
     width = len(taps)
     return sum((tap * columns[width - 1 - back] for back, tap in enumerate(taps)), columns[width])
-
-
-def d_inputs(d, after, reaches, columns, shift: jax.Array) -> jax.Array:
-    """Cotangents of a chunk's inputs from those of its convolution, ``d``, and of the 128 tokens ``after``.
-
-    ``reaches``: of the tokens 0, 1, ... later, or None. ``columns`` as for :func:`before_activation`.
-    """
-    both = jnp.concatenate([d, after], axis=1).astype(shift.dtype)
-    width = shift.shape[1] // d.shape[1] + 1
-    dx = d * columns[width - 1]
-    for back, later in enumerate(_split(dot(both, shift, (1, 0)), d.shape[1]), 1):
-        seen = later if reaches is None else jnp.where(reaches[back] > back, later, 0)
-        dx += seen * columns[width - 1 - back]
-    return dx
-
-
-def strip_of(wide_ref, rows) -> list[jax.Array]:
-    """The wide columns of a strip."""
-    return [wide_ref[k, rows, :] for k in range(wide_ref.shape[0])]
-
-
-def _split(t: jax.Array, size: int) -> list[jax.Array]:
-    return [t[:, i : i + size] for i in range(0, t.shape[1], size)]
 
 
 def visible(t: jax.Array, reach: jax.Array | None) -> jax.Array:
@@ -140,12 +196,17 @@ def visible(t: jax.Array, reach: jax.Array | None) -> jax.Array:
 def silu_and_slope(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """silu(x) and its derivative."""
     gate = sigmoid(x)
-    return x * gate, gate * (1 + x * (1 - gate))
+    silu = x * gate
+    return silu, gate + silu * (1 - gate)
 
 
-def last_tile(t: jax.Array) -> jax.Array:
-    """The last 128 tokens of ``t``, behind zeros where there are fewer."""
-    missing = LANES - t.shape[1]
-    if missing <= 0:
-        return t[:, -LANES:]
-    return jnp.concatenate([jnp.zeros((t.shape[0], missing), t.dtype), t], axis=1)
+def fold(t: jax.Array) -> jax.Array:
+    """The sum over channels but for 8 sublanes."""
+    return jnp.sum(t.reshape(-1, SUBLANES, t.shape[1]), axis=0)
+
+
+def keep_alpha(setup: Setup, alpha_ref, log_decay_ref) -> None:
+    """The cumulative log decays of a chunk, by part: one product for all heads."""
+    alpha = cumulative(log_decay_ref[...])
+    for i in range(setup.parts):
+        alpha_ref[i] = alpha[i * setup.part : (i + 1) * setup.part]

@@ -27,9 +27,11 @@ from pallas_kernels.ssd.tpu_chunk import (
     Decays,
     Plan,
     by_head,
+    cumulative,
     decays,
     over_channels,
     through,
+    visible,
 )
 
 
@@ -48,15 +50,17 @@ def _kernel(*refs, plan: Plan):
         carried_ref[...] = overlap_ref[...]
         dD_ref[...] = jnp.zeros_like(dD_ref)
 
-    scale, decay = scale_ref[...], decays(log_decay_ref[...], counts)
+    scale, decay = scale_ref[...], decays(cumulative(log_decay_ref[...]), counts)
+    B, C, seen = B_ref[...], C_ref[...], visible(plan.chunk, counts)
+    scores = jnp.where(seen, dot(B, C, (1, 1)), 0.0)
     x, dy = by_head(x_ref[...], K), by_head(dy_ref[...], K)
-    d = chunk_gradients(x, scale, B_ref[...], C_ref[...], starts_ref[...], dy, dR_ref[...], decay)
+    d = chunk_gradients(x, scale, scores, B, C, starts_ref[...], dy, dR_ref[...], decay)
     dx = d.u * scale[:, None, :] + dy * D_ref[...][:, :, None]
     dx_ref[...] = dx.reshape(-1, plan.chunk).astype(dx_ref.dtype)
     dD_ref[...] += sum_channels(dy * x)
     d_scale_ref[...] = d.scale
-    d_log_decay_ref[...] = d.log_decay + carried_ref[...]
-    dB_ref[...], dC_ref[...] = d.B, d.C
+    d_log_decay_ref[...] = cumulative(d.alpha, reverse=True) + carried_ref[...]
+    dB_ref[...], dC_ref[...] = with_scores(d.B, d.C, jnp.where(seen, d.scores, 0.0), B, C)
     dR_ref[...], carried_ref[...] = d.R, d.overlap
 
     @pl.when(step == plan.chunks - 1)
@@ -65,41 +69,51 @@ def _kernel(*refs, plan: Plan):
 
 
 class Gradients(NamedTuple):
-    """Of one chunk, float32."""
+    """Of one chunk and K heads, float32."""
 
     u: jax.Array  # [K, P, Q] of scale x, the skip not included
     scale: jax.Array  # [K, Q]
-    log_decay: jax.Array  # [K, Q] without <dR', R'> of the state at the chunk's end, the same for each token
-    B: jax.Array  # [Q, N], the sum over these heads
+    alpha: jax.Array  # [K, Q] without <dR', R'> of the state at the chunk's end, which is alpha_Q's
+    scores: jax.Array  # [j, i], the sum over these heads; nothing is masked
+    B: jax.Array  # [Q, N], the sum over these heads, without what comes through the scores
     C: jax.Array
     R: jax.Array  # [K*P, N] of the state at the chunk's start
     overlap: jax.Array  # [K, 1] <dR, R>, for the chunk before
 
 
-def chunk_gradients(x, scale, B, C, R, dy, dR, decay: Decays) -> Gradients:
+def chunk_gradients(x, scale, scores, B, C, R, dy, dR, decay: Decays, read=None) -> Gradients:
     """Backward of a chunk.
 
-    x, dy [K, P, Q] float32; scale [K, Q]; B, C [Q, N]; R [K*P, N] the state at its start; dR float32 the
-    cotangent of that at its end.
+    x, dy [K, P, Q] float32; scale [K, Q]; scores [j, i] as in the forward; B, C [Q, N]; R [K*P, N] the state
+    at its start; dR float32 the cotangent of that at its end; read [K, Q] <dy_i, y_i> without the skip, or
+    None: then it is computed.
     """
     dtype, K = B.dtype, x.shape[0]
-    du, d_scores, read = _within_chunk(x, dy, scale, B, C, decay)
+    du, d_scores, within = _within_chunk(x, dy, scale, scores, decay, dtype, read is None)
     du += by_head(dot(dR.astype(dtype), B, (1, 1)), K) * decay.to_end[:, None, :]
-    from_state = by_head(dot(R, C, (1, 1)), K)  # R C_i
     wrote = over_channels(x, decay.to_end * scale, dtype)
     reads = over_channels(dy, decay.from_start, dtype)
+    if read is None:
+        from_state = by_head(dot(R, C, (1, 1)), K)  # R C_i
+        read = within + decay.from_start * jnp.sum(dy * from_state, 1)
     d_scale = jnp.sum(x * du, 1)
-    d_alpha = read + decay.from_start * jnp.sum(dy * from_state, 1) - scale * d_scale
     d_start = through(dR, decay) + dot(reads, C, (1, 0))
     return Gradients(
         u=du,
         scale=d_scale,
-        log_decay=dot(d_alpha, decay.causal, (1, 1)),  # summed over the tokens from this one on
-        B=dot(d_scores, C, (1, 0)) + dot(wrote, dR.astype(dtype), (0, 0)),
-        C=dot(d_scores, B, (0, 0)) + dot(reads, R, (0, 0)),
+        alpha=read - scale * d_scale,
+        scores=d_scores,
+        B=dot(wrote, dR.astype(dtype), (0, 0)),
+        C=dot(reads, R, (0, 0)),
         R=d_start,
         overlap=sum_channels(by_head(d_start * R.astype(jnp.float32), K)),
     )
+
+
+def with_scores(dB, dC, d_scores, B, C) -> tuple[jax.Array, jax.Array]:
+    """Gradients of B and C [Q, N] with what comes through the scores B C^T, once for all heads."""
+    d_scores = d_scores.astype(B.dtype)
+    return dB + dot(d_scores, C, (1, 0)), dC + dot(d_scores, B, (0, 0))
 
 
 def sum_channels(t: jax.Array) -> jax.Array:
@@ -107,22 +121,19 @@ def sum_channels(t: jax.Array) -> jax.Array:
     return jnp.sum(jnp.sum(t, 1), 1, keepdims=True)
 
 
-def _within_chunk(x, dy, scale, B, C, decay: Decays) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _within_chunk(x, dy, scale, scores, decay: Decays, dtype, want_read: bool):
     """du [K, P, Q] of what tokens of a chunk read from each other; the gradient of their scores, summed over
-    heads, [j, i] as a matrix operand; and <dy_i, y_i> of it, [K, Q]."""
-    dtype = B.dtype
-    scores = jnp.where(decay.visible, dot(B, C, (1, 1)), 0.0)
-    u = (x * scale[:, None, :]).astype(dtype)
-    dy = dy.astype(dtype)
+    heads, [j, i] float32, not masked; and <dy_i, y_i> of it, [K, Q], if wanted."""
+    u, dy = (x * scale[:, None, :]).astype(dtype), dy.astype(dtype)
     d_scores, du, read = jnp.zeros_like(scores), [], []
     for k in range(x.shape[0]):
         within = decay.within(k)
         d_weights = dot(u[k], dy[k], (0, 0)) * within
         d_scores += d_weights
         du.append(dot(dy[k], (scores * within).astype(dtype), (1, 1)))
-        read.append(jnp.sum(d_weights * scores, 0, keepdims=True))
-    d_scores = jnp.where(decay.visible, d_scores, 0.0).astype(dtype)
-    return jnp.stack(du), d_scores, jnp.concatenate(read, 0)
+        if want_read:
+            read.append(jnp.sum(d_weights * scores, 0, keepdims=True))
+    return jnp.stack(du), d_scores, jnp.concatenate(read, 0) if want_read else None
 
 
 def backward(plan: Plan, x, scale, log_decay, B, C, D, starts, counts, dy, d_final, overlap):

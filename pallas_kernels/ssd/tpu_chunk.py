@@ -100,35 +100,48 @@ class Decays(NamedTuple):
 
     alpha: jax.Array  # [K, Q]
     alpha_column: jax.Array  # [Q, K]
-    causal: jax.Array  # [j, i] float32: 1 where j <= i
-    visible: jax.Array  # [j, i] bool: j <= i and no reset between
     from_start: jax.Array  # [K, Q] e^(alpha_i), 0 behind a reset
     to_end: jax.Array  # [K, Q] e^(alpha_Q - alpha_j), 0 before a reset
     through: jax.Array  # [K, 1] e^(alpha_Q), 0 if there is a reset
 
     def within(self, head: int) -> jax.Array:
-        """e^(alpha_i - alpha_j) [j, i] for j <= i, at most 1; the rest is for ``visible`` to mask."""
+        """e^(alpha_i - alpha_j) [j, i] for j <= i, at most 1; the rest is for :func:`visible` to mask."""
         row, column = self.alpha[head : head + 1], self.alpha_column[:, head : head + 1]
         return jnp.exp(jnp.minimum(row - column, 0.0))
 
 
-def decays(log_decay: jax.Array, counts: jax.Array | None) -> Decays:
-    """``log_decay`` [K, Q] float32; ``counts`` [1, Q] int32: resets so far in this chunk."""
-    chunk = log_decay.shape[1]
-    j, i = (jax.lax.broadcasted_iota(jnp.int32, (chunk, chunk), axis) for axis in (0, 1))
-    visible = j <= i
-    causal = visible.astype(jnp.float32)
-    alpha = mosaic.dot(log_decay, causal, (1, 0))
-    last = alpha[:, chunk - 1 :]
+def cumulative(t: jax.Array, *, reverse: bool = False) -> jax.Array:
+    """Inclusive sums over tokens, from the first or from the last, of t [K, Q] float32."""
+    j, i = _pairs(t.shape[1])
+    return mosaic.dot(t, (j <= i).astype(jnp.float32), (1, 1 if reverse else 0))
+
+
+def visible(chunk: int, counts: jax.Array | None) -> jax.Array:
+    """[j, i] bool: j <= i and no reset between; ``counts`` [1, Q] int32: resets so far in this chunk."""
+    j, i = _pairs(chunk)
+    if counts is None:
+        return j <= i
+    by_lane = jnp.broadcast_to(counts, (chunk, chunk))
+    return (j <= i) & (by_lane == by_lane.T)
+
+
+def decays(alpha: jax.Array, counts: jax.Array | None) -> Decays:
+    """``alpha`` [K, Q], the cumulative log decays; ``counts`` as for :func:`visible`."""
+    end = alpha.shape[1] - 1
+    last = alpha[:, end:]
     from_start, to_end, through = jnp.exp(alpha), jnp.exp(last - alpha), jnp.exp(last)
     if counts is not None:
-        by_lane = jnp.broadcast_to(counts, (chunk, chunk))
-        visible &= by_lane == by_lane.T
-        resets = counts[:, chunk - 1 :]
+        resets = counts[:, end:]
         from_start = jnp.where(counts == 0, from_start, 0.0)
         to_end = jnp.where(counts == resets, to_end, 0.0)
         through = jnp.where(resets == 0, through, 0.0)
-    return Decays(alpha, alpha.T, causal, visible, from_start, to_end, through)
+    return Decays(alpha, alpha.T, from_start, to_end, through)
+
+
+def _pairs(chunk: int) -> tuple[jax.Array, jax.Array]:
+    """The numbers j and i of the two tokens of every pair, [j, i]."""
+    j, i = (jax.lax.broadcasted_iota(jnp.int32, (chunk, chunk), axis) for axis in (0, 1))
+    return j, i
 
 
 def by_head(t: jax.Array, block: int) -> jax.Array:

@@ -20,9 +20,11 @@ from pallas_kernels.ssd.tpu_chunk import (
     Decays,
     Plan,
     by_head,
+    cumulative,
     decays,
     over_channels,
     through,
+    visible,
 )
 
 
@@ -40,9 +42,10 @@ def _kernel(x_ref, scale_ref, log_decay_ref, B_ref, C_ref, D_ref, initial_ref, *
     if save:
         starts_ref[0][...] = R.astype(starts_ref[0].dtype)
     B, C, scale = B_ref[...], C_ref[...], scale_ref[...]
-    decay = decays(log_decay_ref[...], counts)
+    decay = decays(cumulative(log_decay_ref[...]), counts)
+    scores = jnp.where(visible(plan.chunk, counts), dot(B, C, (1, 1)), 0.0)
     x = by_head(x_ref[...], K)
-    write_output(y_ref, x, scale, B, C, D_ref[...], R, decay)
+    write_output(y_ref, x, scale, scores, C, D_ref[...], R, decay)
     state_ref[...] = through(R, decay) + dot(over_channels(x, decay.to_end * scale, B.dtype), B, (1, 0))
 
     @pl.when(step == plan.chunks - 1)
@@ -50,14 +53,14 @@ def _kernel(x_ref, scale_ref, log_decay_ref, B_ref, C_ref, D_ref, initial_ref, *
         final_ref[...] = state_ref[...]
 
 
-def write_output(y_ref, x, scale, B, C, D, R, decay: Decays) -> None:
-    """y [K*P, Q] of a chunk; x [K, P, Q] float32, scale [K, Q], D [K, 1], R [K*P, N] the state before it."""
+def write_output(y_ref, x, scale, scores, C, D, R, decay: Decays) -> None:
+    """y [K*P, Q] of a chunk; x [K, P, Q] float32, scale [K, Q], D [K, 1], R [K*P, N] the state before it;
+    scores [j, i] float32, zero where i does not see j."""
     K, P, _ = x.shape
-    scores = jnp.where(decay.visible, dot(B, C, (1, 1)), 0.0)
-    u = (x * scale[:, None, :]).astype(B.dtype)
-    y = by_head(dot(R.astype(B.dtype), C, (1, 1)), K) * decay.from_start[:, None, :] + x * D[:, :, None]
+    u = (x * scale[:, None, :]).astype(C.dtype)
+    y = by_head(dot(R.astype(C.dtype), C, (1, 1)), K) * decay.from_start[:, None, :] + x * D[:, :, None]
     for k in range(K):
-        weights = (scores * decay.within(k)).astype(B.dtype)
+        weights = (scores * decay.within(k)).astype(C.dtype)
         y_ref[k * P : (k + 1) * P, :] = (y[k] + dot(u[k], weights, (1, 0))).astype(y_ref.dtype)
 
 
