@@ -110,8 +110,8 @@ class Experiment(BaseExperiment):
         super().validate()
         if self.task.carry_state and self.model.state_grows:
             raise ValueError(
-                "task.carry_state=True with full attention would carry a cache without end; "
-                "set model.attention.window, or task.carry_state=False"
+                "task.carry_state=True with full attention, or cores of all the past, would carry a cache "
+                "without end; set model.attention.window, or task.carry_state=False"
             )
 
 

@@ -4,11 +4,12 @@ Command: ``python train.py --config=configs/continue_long.py:runs/hybrid,4096 --
     (RUN, RUN@STEP, RUN,LENGTH or RUN@STEP,LENGTH). Compare with the run as it is, at the same length.
 Hardware: that of the run; a batch keeps its number of tokens. Metric: not yet recorded.
 
-Full attention with RoPE: YaRN (arXiv:2309.00071) stretches the rotations from the length they were trained
-at; ``--config.model.attention.rope.scaling=linear`` (or ntk) takes another. Attention in a window no longer
-than that, ALiBi, and recurrent mixers need nothing. Learned positions: the table grows, its new rows start
-fresh. Without full attention the state is carried from batch to batch (truncated back-propagation), so that
-what a row remembers is not bounded by its length.
+Attention with RoPE to all of the past: YaRN (arXiv:2309.00071) stretches the rotations from the length they
+were trained at; ``--config.model.attention.rope.scaling=linear`` (or ntk) takes another (``model.cca`` has
+its own). Attention in a window no longer than that, ALiBi, and recurrent mixers need nothing. Learned
+positions: the table grows, its new rows start fresh. Without attention to all of the past the state is
+carried from batch to batch (truncated back-propagation), so that what a row remembers is not bounded by its
+length.
 """
 
 import math
@@ -58,16 +59,17 @@ def _lengthen_task(config: Experiment, before: int, after: int) -> None:
     task.batch_size = max(task.batch_size * before // after, 1)
     task.seq_len = task.eval_seq_len = after
     config.optim.accumulation = math.gcd(config.optim.accumulation, task.batch_size)
-    task.carry_state = "*" not in config.model.layers or config.model.attention.window is not None
+    task.carry_state = not config.model.state_grows
 
 
 def _lengthen_positions(config: Experiment, before: int, after: int) -> None:
     """Learned positions for every token; rotations stretched where attention reaches further than it did."""
-    model, attention = config.model, config.model.attention
+    model = config.model
     if model.max_positions is not None:
         model.max_positions = max(model.max_positions, after)
-    rope = attention.rope
-    trained = rope.original_max_position or round(before / rope.factor)
-    reach = after if attention.window is None else min(attention.window, after)
-    if "*" in model.layers and attention.position == "rope" and reach > trained:
-        rope.scaling, rope.factor, rope.original_max_position = "yarn", reach / trained, trained
+    for symbol, layer in (("*", model.attention), ("c", model.cca)):
+        rope = layer.rope
+        trained = rope.original_max_position or round(before / rope.factor)
+        reach = after if layer.window is None or symbol == "c" else min(layer.window, after)
+        if symbol in model.layers and layer.position == "rope" and reach > trained:
+            rope.scaling, rope.factor, rope.original_max_position = "yarn", reach / trained, trained

@@ -192,18 +192,11 @@ class CoreContextAttention(Attention):
 
     def _pool(self, piece: Piece, groups: Groups, ctx: Context) -> tuple[Array, Array]:
         """Core keys and values of the groups that lie in the piece as a whole."""
+        plain = piece.plain if self.config.core_rotation == "after" else None
         core_k, core_v = pool(
-            piece.q,
-            piece.k,
-            (self._pooled_keys(piece), piece.v),
-            groups,
-            scale=self.scale,
-            pooling=self.config.pooling,
+            *piece[:3], groups, scale=self.scale, pooling=self.config.pooling, pooled_k=plain
         )
         return self._place(core_k, groups.at_ends(ctx.positions)), core_v
-
-    def _pooled_keys(self, piece: Piece) -> Array:
-        return piece.plain if self.config.core_rotation == "after" else piece.k
 
     def _place(self, core_k: Array, positions: Array) -> Array:
         """Core keys with the positions of their groups' last tokens, if they are to have them."""
@@ -233,12 +226,9 @@ class CoreContextAttention(Attention):
             old = cache[rows, wanted % cache.shape[1]].astype(new.dtype)
             return jnp.where(cached[..., None, None], old, new[rows, place])[:, None]
 
-        k, v = members("k", piece.k), members("v", piece.v)
-        pooled_k = members("plain", piece.plain) if self.config.core_rotation == "after" else k
+        keys = [members(name, new) for name, new in zip(("k", "v", "plain"), piece[1:]) if name in state]
         end = place[:, -1:]
-        core_k, core_v = pool_slots(
-            piece.q[rows, end], [(k, (pooled_k, v), None)], self.scale, self.config.pooling
-        )
+        core_k, core_v = pool_slots(piece.q[rows, end], [(keys, None)], self.scale, self.config.pooling)
         core_k = self._place(core_k, ctx.positions[rows, end])
         completed = before + own.sum(axis=1) >= (number + 1) * size
         if length > 1:  # a group that begins with the piece is pooled with the others

@@ -87,8 +87,8 @@ class LMConfig(MixerConfigs):
 
     @property
     def state_grows(self) -> bool:
-        """Whether the state needs room for every token: full attention caches them all."""
-        return "*" in self.layers and self.attention.window is None
+        """Whether the state needs room for every token: full attention caches them all, CCA their cores."""
+        return "c" in self.layers or ("*" in self.layers and self.attention.window is None)
 
     def validate(self) -> None:
         """Raises ValueError naming the first field whose value cannot work, and what would."""

@@ -29,6 +29,12 @@ class LanguageModelling:
         self.tokens_per_step = task.batch_size * task.seq_len
         for prefix, shape in self.task.shapes.items():
             meshes.check_batch(mesh, *shape, prefix=prefix, layout=layout)
+        if "c" in config.model.layers:
+            lengths = {
+                "": task.seq_len,
+                **{prefix: length for prefix, (_, length) in self.task.shapes.items()},
+            }
+            _check_groups(config, mesh, lengths)
         if self.task.vocab_size > config.model.vocab_size:
             raise ValueError(
                 f"model.vocab_size={config.model.vocab_size}, but task.source has ids up to "
@@ -74,3 +80,16 @@ class LanguageModelling:
     def prepare(self, workdir: epath.Path) -> None:
         """Copies the tokenizer."""
         self.task.save_tokenizer(workdir)
+
+
+def _check_groups(config: Experiment, mesh: jax.sharding.Mesh, lengths: Mapping[str, int]) -> None:
+    """Raises ValueError, naming the field, unless groups of CCA fit into what a device has of time."""
+    group, parts, layout = config.model.cca.group_size, mesh.shape["sequence"], config.mesh.sequence_layout
+    unit = group * parts * meshes.PIECES[layout]
+    for prefix, length in lengths.items():
+        if parts > 1 and length % unit:
+            raise ValueError(
+                f"task.{prefix}seq_len={length} must be a multiple of {unit} = model.cca.group_size {group} "
+                f"x mesh.sequence {parts} x {meshes.PIECES[layout]} (mesh.sequence_layout={layout!r}); "
+                f"{-(-length // unit) * unit} would work, or another group_size"
+            )

@@ -113,7 +113,7 @@ def _two_sources(
         return run([Source(k, v, kv_segment_ids=segment_ids, mask=Mask(causal=True))])
     batch, length = q.shape[:2]
     groups = Groups.of(batch, length, group_size, segment_ids, literal_boundary=literal_boundary)
-    cores = pool(q, k, (k, v), groups, scale=scale, pooling=pooling)
+    cores = pool(q, k, v, groups, scale=scale, pooling=pooling)
     span = local_span(group_size, window, literal_boundary)
     return run([core_source(cores, groups, window), token_source(k, v, segment_ids, groups, span)])
 
