@@ -10,11 +10,12 @@ import typing
 from typing import Any
 
 from configs.base import BaseExperiment, ConfigError, Experiment
+from configs.beacon import BeaconExperiment
 from configs.classification import ClassificationExperiment
 from configs.hmt import HMTExperiment
 
 KINDS: dict[str, type[BaseExperiment]] = {
-    kind.kind: kind for kind in (Experiment, ClassificationExperiment, HMTExperiment)
+    kind.kind: kind for kind in (Experiment, ClassificationExperiment, HMTExperiment, BeaconExperiment)
 }
 
 

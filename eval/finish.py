@@ -19,6 +19,7 @@ MORE: dict[str, Callable[..., tuple[dict[str, Any], dict[str, Any]]]] = {
     "lm": language.more,
     "classification": classified.more,
     "hmt": language.more,
+    "beacon": language.more,
 }
 """By kind of experiment: further results, and how `eval.curves.plot_loss` is to show the run."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,7 @@ from configs.base import BaseExperiment, ConfigError
 from eval.opened import RunError, load_config
 from models.functional import Functional
 from models.lora import LoRA
+from objectives import PLUG_INS
 from runtime.checkpoint import ArchitectureError, Checkpoints
 from runtime.state import TrainState
 from runtime.warm_start import source_of, warm_start
@@ -30,7 +32,8 @@ def start_from(
 ) -> TrainState:
     """The fresh ``state`` with parameters, and their moving average, of the run ``config.init_from`` names.
 
-    The parameters of a run without LoRA become the base of a model with it.
+    The parameters of a run without LoRA become the base of a model with it. What a plug-in adds to those of a
+    plain language model (`objectives.PLUG_INS`) is made from them.
 
     Args:
         workdir: of the new run; its tokenizer, if it has one, is compared with the source's.
@@ -54,12 +57,22 @@ def start_from(
         )
     plain = isinstance(model, LoRA) and not source.lora.rank  # the source is the base, and no more
     params, axes = (state.params["base"], model.axes["base"]) if plain else (state.params, model.axes)
+    plug_in = PLUG_INS.get(config.kind) if source.kind == "lm" else None
+    init = config.init
+    if plug_in is not None:
+        init = dataclasses.replace(init, exclude=(*init.exclude, *plug_in.added))
     try:
-        params, told = warm_start(params, axes, checkpoint, config.init)
+        params, told = warm_start(params, axes, checkpoint, init)
     except ArchitectureError:
         raise
     except ValueError as error:
         raise ConfigError(str(error)) from error
+    if plug_in is not None:
+        start = jax.jit(
+            functools.partial(plug_in.start, config.model),
+            out_shardings=jax.tree.map(lambda p: p.sharding, params),
+        )
+        params, told = start(params), f"{told} (made from the others)"
     if plain:
         params, told = {**state.params, "base": params}, f"{told}; adapters fresh"
     say(f"start from {checkpoint}: {told}")

@@ -80,7 +80,7 @@ class BeaconAttention(Attention):
         q, k, v = self._project_slots(x, ctx)
         sources = [*self._memories(k, v, ctx), *self._own_window(k, v, ctx)]
         if state is not None:
-            sources += self._cached(state, ctx)
+            sources += self._in_caches(state, ctx)
         y = self._attend(self._rotate(q, ctx.positions), sources, ctx)
         return self._out(y.reshape(*x.shape[:2], -1), ctx), self._write_slots(state, k, v, ctx)
 
@@ -172,9 +172,9 @@ class BeaconAttention(Attention):
         condensed = Source(*parts[0], beacons, ctx.chunk[:, :raw], ids_of[0], mask=SAME)
         return [tokens, condensed, itself]
 
-    def _cached(self, state: State, ctx: BeaconContext) -> list[Source]:
+    def _in_caches(self, state: State, ctx: BeaconContext) -> list[Source]:
         """The caches as they were, to queries that go on with their document."""
-        c, carried = self.condensing, ctx.carried
+        c, carried = self.condensing, ctx.cached
         assert carried is not None
 
         def source(name: str, begin, clock, kv_clock, held, mask) -> Source:

@@ -67,7 +67,7 @@ class BeaconContext(Context):
         memory: position of each beacon as a memory, [B, N].
         memory_slot, window_slot: where a slot is written in the two caches, [B, S], or ``NOWHERE``.
         tokens: raw tokens of the document so far, after the piece, [B].
-        carried: what was in the caches before, None without a state.
+        cached: what was in the caches before, None without a state.
         raw: L (static).
     """
 
@@ -78,7 +78,7 @@ class BeaconContext(Context):
     memory_slot: Int[Array, "B L"]
     window_slot: Int[Array, "B L"]
     tokens: Int[Array, " B"]
-    carried: Carried | None
+    cached: Carried | None
     raw: int = dataclasses.field(metadata={"static": True})
 
     @property
@@ -169,7 +169,7 @@ def lay_out(
         memory_slot=jnp.concatenate(memory_slot, axis=1),
         window_slot=jnp.where(unfinished, slot, NOWHERE),
         tokens=tokens,
-        carried=None if before is None else _carried(config, ratios, start),
+        cached=None if before is None else _carried(config, ratios, start),
         raw=length,
     )
 

@@ -35,9 +35,6 @@ from models.lm import LM
 from models.registry import KINDS, Kind
 from pallas_kernels import spmd
 
-ADDED = ("*beacon*",)
-"""Patterns that match what the method adds to the parameters of a plain model, and nothing else."""
-
 
 class BeaconLM(LM):
     """An `LM`, with which it shares its contract: ``hidden, state, out = model(tokens, state)``.

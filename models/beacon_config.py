@@ -6,6 +6,9 @@ import dataclasses
 from layers.beacon_ratios import BeaconConfig
 from models.config import LMConfig
 
+ADDED = ("*beacon*",)
+"""Patterns that match what the method adds to the parameters of a plain model, and nothing else."""
+
 
 @dataclasses.dataclass
 class BeaconLMConfig(LMConfig):

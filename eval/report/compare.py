@@ -13,7 +13,12 @@ from eval.report.gather import Run
 from eval.report.groups import Group, Statistic, group_runs, material, mean_of, statistic
 from eval.report.kind import Kind
 
-KINDS: Mapping[str, Kind] = {"lm": tokens.KIND, "classification": labels.KIND, "hmt": tokens.KIND}
+KINDS: Mapping[str, Kind] = {
+    "lm": tokens.KIND,
+    "classification": labels.KIND,
+    "hmt": tokens.KIND,
+    "beacon": tokens.KIND,
+}
 ACTIVITIES = ("compile", "data", "step", "eval", "checkpoint", "other", "total")
 SAMPLE_LIMIT = 4000  # characters shown of one sample
 
