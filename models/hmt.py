@@ -93,6 +93,7 @@ class HMT(LM):
         positions: Int[Array, "B L"] | None = None,
         sequence_layout: str = "contiguous",
         training: bool = False,
+        **static: Any,
     ) -> tuple[Float[Array, "B L D"], State | None, dict[str, Any]]:
         """As `LM`: hidden states that go to the head, the state after the last token, named intermediates.
 
@@ -107,14 +108,14 @@ class HMT(LM):
             training: see above. Hidden states of tokens that were not reached are NaN. ``out`` then has
                 ``read``, bool [B, L], which tokens were; and of the N steps ``memory`` and ``prompt``
                 [N, B, D], ``weights`` [N, B, Nq], and ``summary`` [N, B, D] or None.
+            static: nothing; the context of each call of the backbone is made here.
 
         Raises:
-            ValueError: another ``sequence_layout``.
+            ValueError: another ``sequence_layout``, or a field of ``Context``.
         """
-        if sequence_layout != "contiguous":
-            raise ValueError(
-                f"HMT: sequence_layout={sequence_layout!r} balances long calls; use 'contiguous'"
-            )
+        if static or sequence_layout != "contiguous":
+            given = {"sequence_layout": sequence_layout, **static}
+            raise ValueError(f"HMT takes sequence_layout='contiguous' and no field of Context, found {given}")
         before = self.init_state(len(tokens), 1) if state is None else state
         if segment_ids is None:
             raw = jnp.where(before["document"] == 0, 1, before["document"])
