@@ -3,7 +3,8 @@
 The TPU compiler emits very long instruction words (bundles), one a cycle. Ahead-of-time compilation with its
 dump flags writes the final schedule of every kernel; bundles times the trips of the loops around them is the
 time the kernel takes when nothing stalls. Waiting for memory, launch cost and an uneven split over two cores
-are not in it: a lower bound, good for ranking candidates, never a measurement.
+are not in it: a lower bound, good for ranking candidates, never a measurement. Every branch counts as taken;
+what runs at one value of a grid index (the first step of a walk, the last) is also counted apart.
 
     python -m benchmarks.static_cycles --case=benchmarks.static_cases:ssd --chip=v5e heads=80 backward=true
 """
@@ -31,6 +32,10 @@ EXIT_TEST = re.compile(
     r"(%p\d+_p\d+) = scmp\.ge\.s32\.totalorder (?:\(!?%p\d+_p\d+\), )?%\S+, (\d+|%\S+)"  # perhaps predicated
 )
 BACK_EDGE = re.compile(r"sbr\.rel \(!(%p\d+_p\d+)\)")
+# What runs only where an index has one value: jumped over where it has not.
+UNEQUAL = re.compile(r"(%p\d+_p\d+) = scmp\.ne\.s32\.totalorder (?:\(!?%p\d+_p\d+\), )?%\S+, \d+")
+JUMP = re.compile(r"sbr\.rel \((%p\d+_p\d+)\) target = \$region(\d+)")
+LANDING = re.compile(r"region (\d+)\b")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +49,7 @@ class KernelCycles:
         unit_use: share of each unit's slots that are filled, weighted by trips ("VSTORE:SPILL" counts
             stores of registers that did not fit).
         unknown_loops: loops whose trip count is not a constant, counted as one trip.
+        seldom: of ``cycles``, those behind a test that an index equals a number, which holds once a walk.
     """
 
     name: str
@@ -53,10 +59,16 @@ class KernelCycles:
     trips: int
     unit_use: dict[str, float]
     unknown_loops: int = 0
+    seldom: int = 0
 
     @property
     def ms(self) -> float:
         return self.cycles / CLOCK_HZ[self.chip] * 1e3
+
+    @property
+    def steady_ms(self) -> float:
+        """Without what runs once a walk."""
+        return (self.cycles - self.seldom) / CLOCK_HZ[self.chip] * 1e3
 
 
 def measure(case: str, chip: str, **arguments: Any) -> list[KernelCycles]:
@@ -118,6 +130,7 @@ def read_schedule(name: str, chip: str, schedule: str, utilization: str) -> Kern
         trips=trips or 1,
         unit_use=_unit_use(utilization, weight),
         unknown_loops=sum(trips is None for _, _, trips in loops),
+        seldom=sum(weight[bundle] for bundle in _seldom(schedule, (last - first) // 2)),
     )
 
 
@@ -135,6 +148,25 @@ def _bundles_and_loops(schedule: str) -> tuple[int, list[tuple[int, int, int | N
         if (edge := BACK_EDGE.search(line)) and edge[1] in exit_tests and opened:
             loops.append((opened.pop(), bundle + BRANCH_DELAY, exit_tests[edge[1]]))
     return bundle + 1, loops
+
+
+def _seldom(schedule: str, longest: int) -> set[int]:
+    """Bundles that run only where an index has one value; a longer branch is a core's share of the grid."""
+    bundle = 0
+    unequal: set[str] = set()
+    found: set[int] = set()
+    jumps: dict[str, int] = {}  # by region, the first bundle that is jumped over
+    for line in schedule.splitlines():
+        if match := BUNDLE.match(line):
+            bundle = int(match[1], 16)
+        for region in LANDING.findall(line):
+            start = jumps.pop(region, bundle)
+            found |= set(range(start, bundle)) if bundle - start <= longest else set()
+        unequal.update(match[1] for match in UNEQUAL.finditer(line))
+        for predicate, region in JUMP.findall(line):
+            if predicate in unequal:
+                jumps[region] = bundle + BRANCH_DELAY + 1
+    return found
 
 
 def _unit_use(table: str, weight: list[int]) -> dict[str, float]:
@@ -174,7 +206,8 @@ def main() -> None:
     for kernel in measure(options.case, options.chip, **arguments):
         use = "  ".join(f"{unit} {share:.0%}" for unit, share in kernel.unit_use.items())
         print(f"{kernel.name}: {kernel.bundles} bundles x {kernel.trips} trips, {kernel.cycles} cycles = ")
-        print(f"  {kernel.ms:.3f} ms on {kernel.chip} when nothing stalls (static, not measured)\n  {use}")
+        print(f"  {kernel.ms:.3f} ms on {kernel.chip} when nothing stalls (static, not measured)")
+        print(f"  {kernel.steady_ms:.3f} ms without what runs once a walk\n  {use}")
 
 
 if __name__ == "__main__":

@@ -26,6 +26,20 @@ SCHEDULE = """
   0xf   :  {}
   0x10   :  {} /* exit bundle: %kernel.1 = custom-call(%x.1) */
 """
+# Of a loop of 10 trips, two of twelve bundles run in the first only.
+FIRST = """
+  0x0 LB: > { %p1_p1 = scmp.ne.s32.totalorder %s3, 0 }
+  0x1   : > { %21 = sbr.rel (%p1_p1) target = $region7 }
+  0x2   :  {}
+  0x3   :  {}
+  0x4   :  {}
+  0x5   :  {}
+  0x6   : > { %v1 = vld [vmem:[%s1]] }
+  0x7   : > { %v1 = vld [vmem:[%s1]] }
+  0x8 PF: > { } /* Start/End empty region 7 :: Start region 71 */
+  0x9   : > { %p6_p1 = scmp.ge.s32.totalorder %s3, 10 /* loop exit test */ }
+  0xa   : > { %22 = sbr.rel (!%p6_p1) target = $region1 }
+"""
 UTILIZATION = "== CAPACITY:\nMXU, VSTORE:SPILL\n 4 1\n== UTILIZATION:\n" + "4 0\n" * 5 + "0 1\n" * 12
 
 
@@ -45,6 +59,12 @@ def test_a_loop_of_unknown_length_counts_once():
     text = SCHEDULE.replace("%s2, 64", "%s2, %s7")
     kernel = static_cycles.read_schedule("kernel.1", "v6e", text, UTILIZATION)
     assert kernel.unknown_loops == 1 and kernel.cycles == 3 + 10 * 14
+
+
+def test_what_runs_once_a_walk_is_counted_apart():
+    kernel = static_cycles.read_schedule("kernel.1", "v5e", FIRST, UTILIZATION)
+    assert (kernel.cycles, kernel.seldom) == (11 * 10, 2 * 10)
+    assert kernel.steady_ms == pytest.approx(90 / 1.5e6)
 
 
 @pytest.mark.aot
