@@ -56,6 +56,12 @@ class CCAConfig(AttentionConfig):
     core_rotation: str = "before"
     literal_boundary: bool = False
 
+    @classmethod
+    def like(cls, attention: AttentionConfig, *, group_size: int, window: int) -> "CCAConfig":
+        """A layer that takes the parameters of one of full attention."""
+        same = {f.name: getattr(attention, f.name) for f in dataclasses.fields(AttentionConfig)}
+        return cls(**{**same, "group_size": group_size, "window": window})
+
 
 class Piece(NamedTuple):
     """Projections of some tokens; ``plain`` are the keys before the rotation."""
