@@ -5,7 +5,9 @@ import dataclasses
 from typing import ClassVar
 
 from configs.base import Experiment, TrainConfig
+from layers.beacon_ratios import BeaconConfig
 from models.beacon_config import ADDED, BeaconLMConfig
+from models.config import LMConfig
 
 
 def _beacons_only() -> TrainConfig:
@@ -41,3 +43,12 @@ class BeaconExperiment(Experiment):
                 "training a document's last window has no beacons, and such a row would be nothing else; "
                 "lengthen the rows or shorten the window"
             )
+
+
+def with_beacons(config: Experiment, beacon: BeaconConfig) -> BeaconExperiment:
+    """``config`` of a plain language model with beacons added, which alone are trained."""
+    kept = {field.name: getattr(config, field.name) for field in dataclasses.fields(Experiment)}
+    fields = {field.name: getattr(config.model, field.name) for field in dataclasses.fields(LMConfig)}
+    kept["model"] = BeaconLMConfig(**fields, beacon=beacon)
+    kept["train"] = dataclasses.replace(config.train, freeze=(), unfreeze=ADDED)
+    return BeaconExperiment(**kept)

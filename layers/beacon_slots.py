@@ -159,7 +159,6 @@ def lay_out(
         positions=begin + slot,
         segment_ids=both.segment,
         continues=ctx.continues,
-        key=ctx.key,
         deterministic=ctx.deterministic,
         sequence_axis=ctx.sequence_axis,
         window=both.window,

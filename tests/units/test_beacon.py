@@ -1,6 +1,5 @@
 """Activation Beacon: who sees whom, streaming, packed documents, the backbone untouched, what is refused."""
 
-
 import jax
 import jax.numpy as jnp
 import numpy as np
