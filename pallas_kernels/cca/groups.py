@@ -9,11 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
 
-from pallas_kernels import time_order
+from pallas_kernels import spmd, time_order
 
 
 class Groups(NamedTuple):
     """The groups of rows of L tokens. M slots of ``size`` tokens each hold the end of at most one group.
+
+    Under a mesh with time sharded, every device knows all of its rows' groups.
 
     Attributes:
         size: g.
@@ -65,7 +67,8 @@ class Groups(NamedTuple):
         some = _at_ends(ends, jnp.ones_like(number), size) != 0
         last = jnp.where(some, _at_ends(ends, index, size), slots.max(1))
         of_group, ids = (_at_ends(ends, x, size) for x in (number // size, segment_ids))
-        return cls(size, index - (number + shift) % size, ends, last, of_group, ids)
+        known = (index - (number + shift) % size, ends, last, of_group, ids)
+        return cls(size, *(spmd.replicate_time(x) for x in known))
 
     def at_ends(self, x: Int[Array, "B L"]) -> Int[Array, "B M"]:
         """``x`` of the last token of each group; 0 where no group ends."""

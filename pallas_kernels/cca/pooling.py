@@ -47,7 +47,8 @@ def pool(
     Raises:
         ValueError: zigzag order of time whose pieces ``groups.size`` does not divide.
     """
-    size, ends = groups.size, groups.ends
+    size, ends, mesh = groups.size, groups.ends, spmd.active_mesh()
+    time, pieces = (None, 1) if mesh is None else _shard(mesh, q.shape[1], size)
     keys = [k, v] if pooled_k is None else [k, v, pooled_k]
     if ends is None:
         used = groups.last.shape[1] * size
@@ -55,13 +56,10 @@ def pool(
     else:
         q, ends, *keys = (fill(x, size) for x in (q, ends, *keys))
     local = functools.partial(_pool, size=size, scale=scale, pooling=pooling)
-
-    mesh = spmd.active_mesh()
     if mesh is None:
         return local(q, ends, keys, None)
     batch = spmd.axes_dividing(mesh, spmd.BATCH, q.shape[0])
     heads = spmd.axes_dividing(mesh, spmd.TENSOR, k.shape[2])  # else each device pools all heads
-    time, pieces = _shard(mesh, q.shape[1], size)
 
     def device(q, ends, keys):
         if time is None:
