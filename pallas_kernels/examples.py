@@ -13,6 +13,7 @@ import numpy as np
 from pallas_kernels import attention as attention_op
 from pallas_kernels import cauchy as cauchy_op
 from pallas_kernels import causal_conv1d as conv_op
+from pallas_kernels import cca as cca_op
 from pallas_kernels import linear_scan as linear_scan_op
 from pallas_kernels import long_conv as long_conv_op
 from pallas_kernels import lti_ssm as lti_op
@@ -61,6 +62,7 @@ def examples() -> Iterator[Example]:
     yield _conv("one document", 1, 256, 128, jnp.bfloat16)
     yield _gated_ssd()
     yield _attention()
+    yield _cca()
     yield from _lti()
     yield from _kernels()
 
@@ -216,6 +218,26 @@ def _attention() -> Example:
 
     what = "causal, packed, grouped queries, float32"
     return Example("attention", what, attention_op.IMPLEMENTATIONS, call, arguments)
+
+
+def _cca() -> Example:
+    random = _Random()
+    kv = (2, 45, 2, 16)
+    arguments = {
+        "q": random.normal(2, 45, 4, 16),
+        "k": random.normal(*kv),
+        "v": random.normal(*kv),
+        "segment_ids": _segments(2, 45),
+    }
+    return Example(
+        "core_context_attention",
+        "grouped heads, packed, float32",
+        cca_op.IMPLEMENTATIONS,
+        lambda a, implementation: cca_op.core_context_attention(
+            **a, group_size=4, window=8, implementation=implementation
+        ),
+        arguments,
+    )
 
 
 def _lti() -> Iterator[Example]:

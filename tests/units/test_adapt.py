@@ -14,7 +14,7 @@ from absl import flags
 from ml_collections import config_flags
 
 import train
-from configs import continue_long
+from configs import cca_plugin, continue_long
 from configs.base import ConfigError, Experiment
 from eval.curves import read_records
 from eval.opened import RunError, open_run
@@ -190,6 +190,27 @@ def test_grown_vocabulary_other_length_and_rotation_on_a_mesh(corpus, source, tm
     equal(new["backbone"], old["backbone"])
     equal(state.extras["ema"], new)
     assert "embed/table float32[264,32] -> float32[300,32]" in told[0] and "none fresh" in told[0]
+
+
+def test_full_attention_goes_on_as_core_context_attention(corpus, source, tmp_path):
+    """Every parameter is read, and short documents see no core: the same model."""
+    with pytest.raises(ValueError, match="no language model with full attention"):
+        cca_plugin.get_config(str(source))  # its attention has a window
+    (tmp_path / "run").mkdir()
+    whole = plain_from(corpus, source)
+    whole.model.attention.window, whole.init_from = None, ""
+    (tmp_path / "run" / "config.json").write_text(whole.to_json())
+    (tmp_path / "run" / "checkpoints").symlink_to(source / "checkpoints")
+    experiment, told = cca_plugin.get_config(f"{tmp_path / 'run'}@3,4,20"), []
+    assert experiment.model.pattern == "(-)5c" and experiment.optim.lr == 0.1 * whole.optim.lr
+    s = train.setup(experiment, DEVICE)
+    params = start_from(experiment, s.model, s.abstract, tmp_path, told.append).params
+    assert "none fresh" in told[0]
+    old = Functional.create(lambda rngs: LM(whole.model, rngs=rngs))
+    tokens = TOKENS[:, : 20 + 4 - 1]
+    np.testing.assert_array_equal(logits(s.model, params, tokens), logits(old, params, tokens))
+    with pytest.raises(ValueError, match=r"expected RUN\[@STEP\]\[,GROUP,WINDOW\]"):
+        cca_plugin.get_config(f"{source},4")
 
 
 def test_part_of_another_architecture(corpus, source, tmp_path):
