@@ -240,16 +240,23 @@ def _call(equation) -> Call:
         -1, len(mapping.grid)
     )
     avals = [v.aval for v in (*equation.invars, *equation.outvars)]
-    moved = tuple(_fetched(block, grid, aval) for block, aval in zip(mapping.block_mappings, avals))
-    return Call(equation.params["name"], tuple(aval.shape for aval in avals), moved)
+    tables = mapping.num_index_operands  # fetched whole
+    blocks = zip(mapping.block_mappings, avals[tables:], strict=True)
+    moved = [math.prod(aval.shape) * aval.dtype.itemsize for aval in avals[:tables]]
+    moved += [_fetched(block, grid, aval) for block, aval in blocks]
+    return Call(equation.params["name"], tuple(aval.shape for aval in avals), tuple(moved))
 
 
 def _fetched(block, grid: np.ndarray, aval) -> int:
-    """Bytes of a block times how often it changes along the grid, its first fetch included."""
+    """Bytes of a block times how often it changes along the grid, its first fetch included.
+
+    Index maps that read a table of a call are not known here, and fail.
+    """
     index_map = block.index_map_jaxpr
+    tables = [None] * (len(index_map.jaxpr.invars) - grid.shape[1])
 
     def index(point):
-        return jax.core.eval_jaxpr(index_map.jaxpr, index_map.consts, *point)
+        return jax.core.eval_jaxpr(index_map.jaxpr, index_map.consts, *point, *tables)
 
     columns = [np.broadcast_to(t, len(grid)) for t in map(np.asarray, jax.vmap(index)(grid.astype(np.int32)))]
     changed = [column[1:] != column[:-1] for column in columns]

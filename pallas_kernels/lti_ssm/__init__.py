@@ -7,6 +7,7 @@ sharded time. ``lti_ssm`` has diagonal complex dynamics, ``lti_ssm_dense`` any r
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 
 import jax
@@ -14,11 +15,19 @@ import jax.numpy as jnp
 from jaxtyping import Array, Complex, Float, Int
 
 from pallas_kernels import spmd
-from pallas_kernels.dispatch import resolve
-from pallas_kernels.lti_ssm import powers, reference, sharded, xla
+from pallas_kernels.dispatch import Kernel, resolve
+from pallas_kernels.lti_ssm import powers, reference, sharded, tpu, xla
 
-IMPLEMENTATIONS = {"reference": reference.lti_ssm, "xla": xla.lti_ssm}
-DENSE_IMPLEMENTATIONS = {"reference": reference.lti_ssm_dense, "xla": xla.lti_ssm_dense}
+IMPLEMENTATIONS: dict[str, Callable | Kernel] = {
+    "reference": reference.lti_ssm,
+    "xla": xla.lti_ssm,
+    "pallas_tpu": Kernel(tpu.lti_ssm, tpu.unsupported, "tpu", automatic=True),
+    "interpret": Kernel(functools.partial(tpu.lti_ssm, interpret=True), tpu.unsupported),
+}
+DENSE_IMPLEMENTATIONS: dict[str, Callable | Kernel] = {
+    "reference": reference.lti_ssm_dense,
+    "xla": xla.lti_ssm_dense,
+}
 MAX_ELEMENTS = 2**31 - 1
 
 
@@ -48,7 +57,7 @@ def lti_ssm(
             passes it unchanged. Any other change of id resets the state. None means no padding and no resets.
         reverse: run from the last token to the first; then the states are those after the last token and
             before the first.
-        implementation: "reference", "xla", or None to choose.
+        implementation: "reference", "xla", "pallas_tpu", "interpret", or None to choose.
 
     Under an active mesh (``spmd.active_mesh``) batch is split over (data, fsdp), H over tensor, time over
     sequence, with one all-gather of state summaries a call.

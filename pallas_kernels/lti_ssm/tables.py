@@ -36,7 +36,7 @@ class Tables:
 
 
 def to_pairs(state: Complex[Array, "B H N"]) -> Float[Array, "H B S"]:
-    return _pairs(state).swapaxes(0, 1)
+    return pairs(state).swapaxes(0, 1)
 
 
 def from_pairs(state: Float[Array, "H B S"]) -> Complex[Array, "B H N"]:
@@ -58,7 +58,7 @@ def diagonal(
     def advance(state, steps):
         return to_pairs(powers.advance(log_A, from_pairs(state), steps, chunk - 1))
 
-    return Tables(_kernel(_pairs(jnp.conj(C)), write), write, read, through, advance)
+    return Tables(_kernel(pairs(jnp.conj(C)), write), write, read, through, advance)
 
 
 def _diagonal_tables(log_A, B, C, chunk: int) -> tuple[jax.Array, jax.Array]:
@@ -71,7 +71,7 @@ def _diagonal_tables(log_A, B, C, chunk: int) -> tuple[jax.Array, jax.Array]:
     # In a loop, because XLA for CPU would fuse the exponentials into the products and compute them anew, in
     # scalar code, for each entry of the tables: seven times slower.
     def one_block(power):  # [H, block, S]
-        return _pairs(power[:, None] * low_write), _pairs(jnp.conj(power[:, None] * low_read))
+        return pairs(power[:, None] * low_write), pairs(jnp.conj(power[:, None] * low_read))
 
     write, read = jax.lax.map(one_block, high)
     return _join(write[::-1]), _join(read)
@@ -85,7 +85,7 @@ def _kernel(C: Float[Array, "H S"], write: Float[Array, "H Q S"]) -> Float[Array
     return jnp.einsum("hs,hls->hl", C, write, precision="highest")[:, ::-1]
 
 
-def _pairs(z: Complex[Array, "*H N"]) -> Float[Array, "*H S"]:
+def pairs(z: Complex[Array, "*H N"]) -> Float[Array, "*H S"]:
     """Re(z x) is the product of the pairs of conj(z) with those of x."""
     return jnp.concatenate([z.real, z.imag], axis=-1)
 

@@ -18,7 +18,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Complex, Float, Int
+from jaxtyping import Array, Bool, Complex, Float, Int
 
 from pallas_kernels.lti_ssm import tables
 from pallas_kernels.lti_ssm.compact import compact, permute
@@ -175,14 +175,24 @@ def _toeplitz(kernel: Float[Array, "H Q"]) -> Float[Array, "H Q Q"]:
 
 def _state_after(u, system: tables.Tables, states, start, n_real, chunk: int):
     """State [H, B, S] after the first ``n_real`` [B] tokens, from ``states`` before and after each chunk."""
-    chunks = n_real // chunk  # whole ones
-    state = jnp.take_along_axis(states, chunks[None, None, :, None], axis=0)[0]
+    state = jnp.take_along_axis(states, (n_real // chunk)[None, None, :, None], axis=0)[0]
+    tail, continues = last_tokens(u, start, n_real, chunk)
+    if continues is not None:
+        state = jnp.where(continues[:, None], state, 0)
+    return system.advance(state, n_real % chunk) + _product("blh,hls->hbs", tail, system.write)
+
+
+def last_tokens(
+    u: Float[Array, "B L H"], start: Int[Array, "B L"] | None, n_real: Int[Array, " B"], chunk: int
+) -> tuple[Float[Array, "B Q H"], Bool[Array, " B"] | None]:
+    """Those behind the last whole chunk of ``n_real`` tokens and of the last segment, at the end of Q places
+    with zeros before; and whether that segment began before them (None: it did)."""
+    whole = (n_real // chunk * chunk)[:, None]
     place = n_real[:, None] - chunk + jnp.arange(chunk, dtype=n_real.dtype)
-    own = place >= chunks[:, None] * chunk
+    own, continues = place >= whole, None
     if start is not None:
         begin = jnp.take_along_axis(start, jnp.maximum(n_real - 1, 0)[:, None], axis=1)
-        state = jnp.where(begin < chunks[:, None] * chunk, state, 0)
         own &= place >= begin
-    tail = jnp.take_along_axis(u, jnp.maximum(place, 0)[..., None], axis=1)
-    written = _product("blh,hls->hbs", jnp.where(own[..., None], tail, 0), system.write)
-    return system.advance(state, n_real % chunk) + written
+        continues = (begin < whole)[:, 0]
+    tokens = jnp.take_along_axis(u, jnp.maximum(place, 0)[..., None], axis=1)
+    return jnp.where(own[..., None], tokens, 0), continues
