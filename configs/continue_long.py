@@ -15,6 +15,7 @@ length.
 import math
 
 from configs.base import Experiment
+from configs.hmt import HMTExperiment
 from configs.saved import from_json
 from runtime import run_record
 from runtime.schedule import ScheduleConfig
@@ -39,7 +40,8 @@ def get_config(arg: str = "") -> Experiment:
         raise ValueError(f"configs/continue_long.py:{arg}: {source} has task.seq_len={before}; give more")
     config.name, config.init_from = f"{config.name} at {after}", source
     _lengthen_task(config, before, after)
-    _lengthen_positions(config, before, after)
+    if not isinstance(config, HMTExperiment):  # whose positions are those of a segment
+        _lengthen_positions(config, before, after)
     config.optim.lr, config.optim.muon_lr = RATE * config.optim.lr, RATE * config.optim.muon_lr
     for group in config.optim.groups.values():
         group.lr = None if group.lr is None else RATE * group.lr
@@ -60,6 +62,8 @@ def _lengthen_task(config: Experiment, before: int, after: int) -> None:
     task.seq_len = task.eval_seq_len = after
     config.optim.accumulation = math.gcd(config.optim.accumulation, task.batch_size)
     task.carry_state = not config.model.state_grows
+    if isinstance(config, HMTExperiment):  # whose rows must end with a segment
+        task.carry_state = task.packing == "stream" and after % config.model.memory.segment == 0
 
 
 def _lengthen_positions(config: Experiment, before: int, after: int) -> None:

@@ -5,7 +5,11 @@ import dataclasses
 from typing import ClassVar
 
 from configs.base import Experiment
-from models.hmt_config import HMTConfig
+from models.config import LMConfig
+from models.hmt_config import HMTConfig, MemoryConfig
+
+UNUSED_WITHOUT_RECALL = ("*memory/topic", "*memory/wq/*", "*memory/wk/*")
+"""What ``model.memory.recall="attention"`` alone reads; frozen elsewhere, so that nothing decays it."""
 
 
 @dataclasses.dataclass
@@ -51,3 +55,14 @@ class HMTExperiment(Experiment):
                 f"task.seq_len={task.seq_len} is not above model.memory.segment={memory.segment}: no row has "
                 "a second segment that could remember the first; lengthen the rows or shorten the segment"
             )
+
+
+def with_memory(config: Experiment, memory: MemoryConfig) -> HMTExperiment:
+    """``config`` of a plain language model with a memory around it."""
+    kept = {field.name: getattr(config, field.name) for field in dataclasses.fields(Experiment)}
+    fields = {field.name: getattr(config.model, field.name) for field in dataclasses.fields(LMConfig)}
+    kept["model"] = HMTConfig(**fields, memory=memory)
+    if memory.recall != "attention":
+        frozen = (*config.train.freeze, *UNUSED_WITHOUT_RECALL)
+        kept["train"] = dataclasses.replace(config.train, freeze=frozen)
+    return HMTExperiment(**kept)

@@ -1,4 +1,4 @@
-"""The position-wise MLP: GELU, SwiGLU or squared ReLU, biases optional."""
+"""The position-wise MLP: GELU, SwiGLU, ReLU or its square, biases optional."""
 
 # No ``from __future__ import annotations`` here: command-line overrides read the field types at run time.
 import dataclasses
@@ -16,6 +16,7 @@ from layers.types import Context
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu": functools.partial(jax.nn.gelu, approximate=False),
     "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),  # GPT-2's "gelu_new"
+    "relu": jax.nn.relu,  # OPT
     "relu2": lambda x: jnp.square(jax.nn.relu(x)),  # Nemotron-H
     "swiglu": jax.nn.silu,  # gated: silu(gate) * up
 }

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import train
+from configs import hmt_papers, hmt_plugin, hmt_stdlib
 from configs.hmt import HMTExperiment
 from eval import run as eval_run
 from eval.curves import read_records
@@ -18,9 +19,10 @@ from eval.probes import choose
 from eval.probes.scoring import long_rows, score, task_of
 from models.hmt_config import HMTConfig, MemoryConfig
 from models.lora import LoRAConfig
+from objectives import model_of
 from runtime import tree_diff
+from runtime.freeze import freeze
 from runtime.mesh import MeshConfig
-from runtime.warm_start import InitConfig
 from tests.experiments import tiny, write_corpus
 
 DEVICE = jax.devices()[:1]
@@ -104,10 +106,10 @@ def test_a_plain_run_becomes_the_backbone_and_only_what_is_declared_moves(corpus
     plain = tiny(corpus, steps=3)
     plain.model.pattern, plain.model.attention.window = "*", None
     train.run(plain, tmp_path / "plain", DEVICE)
-    config = experiment(corpus)
-    config.init_from, config.init = str(tmp_path / "plain"), InitConfig(exclude=("memory/*",))
+    config = hmt_plugin.get_config(f"{tmp_path / 'plain'},1")
+    assert (config.model.memory.slots, config.task.seq_len, config.task.batch_size) == (32, 56, 4)
     config.lora = LoRAConfig(rank=2, alpha=8.0, targets=("embed/table", "all"))
-    config.train.unfreeze, config.train.steps = ("base/memory/*",), 3
+    config.train.unfreeze, config.train.steps = ("base/memory/prompt",), 3
     train.run(config, tmp_path / "hmt", DEVICE)
     before = tree_diff.leaves(open_run(tmp_path / "plain").params)
     first = tree_diff.leaves(train.setup(config, DEVICE).init(jax.random.key(config.train.seed)).params)
@@ -115,10 +117,18 @@ def test_a_plain_run_becomes_the_backbone_and_only_what_is_declared_moves(corpus
     for path, value in before.items():
         np.testing.assert_array_equal(after[f"base/{path}"], value, err_msg=path)
     moved = {path for path in first if (np.asarray(first[path]) != np.asarray(after[path])).any()}
-    memory = {path for path in first if path.startswith("base/memory/")}
     adapters = {path for path in first if path.startswith("lora/")}
-    assert len(memory) == 4 and memory | adapters <= moved
-    assert moved - memory - adapters <= {f"base/{path}" for path in before}  # that differ by where they start
+    loaded = {f"base/{path}" for path in before}
+    assert moved - loaded == {"base/memory/prompt", *adapters}  # what was loaded did not begin as here
+    config = hmt_plugin.get_config(f"{tmp_path / 'hmt'},2")
+    config.validate()
+    assert (
+        config.model.memory.recall == "attention"
+        and config.task.seq_len == 8 * 28
+        and not config.train.freeze
+    )
+    with pytest.raises(ValueError, match="expected RUN,1 or RUN,2"):
+        hmt_plugin.get_config(str(tmp_path / "plain"))
 
 
 def test_a_run_on_a_mesh_of_eight_devices_is_the_same(trained, corpus, tmp_path):
@@ -127,3 +137,21 @@ def test_a_run_on_a_mesh_of_eight_devices_is_the_same(trained, corpus, tmp_path)
         list(losses(tmp_path / "run").values()), list(losses(trained[0]).values()), rtol=1e-5
     )
     np.testing.assert_allclose(results["validation/loss"], trained[1]["validation/loss"], rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "get_config, arguments",
+    [
+        (hmt_stdlib.get_config, ("hmt", "rmt", "local", "hmt,M-*-M-")),
+        (hmt_papers.get_config, ("opt_350m,1", "opt_2_7b,2", "openllama_3b,1", "llama2_7b,2")),
+    ],
+)
+def test_configs_are_valid_and_name_their_arguments(get_config, arguments):
+    for argument in arguments:
+        config = get_config(argument)
+        config.validate()
+        roles = freeze(model_of(config).roles, config.train.freeze, config.train.unfreeze)
+        trains = [not role.startswith("frozen") for role in jax.tree.leaves(roles)]
+        assert any(trains)
+    with pytest.raises(ValueError, match=arguments[0].split(",")[0]):
+        get_config("other")
