@@ -212,7 +212,7 @@ class BeaconAttention(Attention):
             return None
         rows = jnp.arange(k.shape[0])[:, None]
         places = {"memory": ctx.memory_slot, "window": ctx.window_slot}
-        _refuse_overflow(ctx.memory_slot, state["memory"]["k"].shape[1])
+        refuse_overflow(ctx.memory_slot, state["memory"]["k"].shape[1])
         return {
             name: {
                 part: state[name][part].at[rows, place].set(new.astype(state[name][part].dtype), mode="drop")
@@ -222,7 +222,7 @@ class BeaconAttention(Attention):
         }
 
 
-def _refuse_overflow(places: Array, held: int) -> None:
+def refuse_overflow(places: Array, held: int) -> None:
     """Raises ValueError if a cache of ``held`` memories is too short, where that can be known: not in jit."""
     if isinstance(places, jax.core.Tracer):
         return
