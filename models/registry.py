@@ -49,10 +49,6 @@ def _attention(**kw: Any) -> AttentionConfig:
     return AttentionConfig(**{"num_heads": 4, "num_kv_heads": 2, "head_dim": 8, **kw})
 
 
-def _cca(**kw: Any) -> CCAConfig:
-    return CCAConfig(**{"num_heads": 4, "num_kv_heads": 2, "head_dim": 8, "group_size": 4, "window": 6, **kw})
-
-
 def _build(module: Callable[..., Any], config: Any, rngs: nnx.Rngs) -> Any:
     return module(TINY_D_MODEL, config, rngs=rngs)
 
@@ -75,11 +71,10 @@ TINY_MIXERS: dict[str, Callable[[nnx.Rngs], Any]] = {
         ("attention_rope", Attention, _attention(position="rope", qk_norm=True)),
         ("attention_alibi", Attention, _attention(position="alibi", qkv_bias=True)),
         ("attention_window", Attention, _attention(position="rope", rope=RopeConfig(), window=6)),
-        ("cca", CoreContextAttention, _cca(qk_norm=True)),
         (
-            "cca_variants",
+            "cca",
             CoreContextAttention,
-            _cca(group_size=2, window=3, literal_boundary=True, pooling="per_head", core_rotation="after"),
+            CCAConfig(num_heads=4, num_kv_heads=2, head_dim=8, qk_norm=True, group_size=4, window=6),
         ),
     )
 }

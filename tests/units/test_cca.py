@@ -261,22 +261,35 @@ def test_room(max_len, room):
         layer._advance(full, full["length"], piece, (), Context.create(1, 3))
 
 
+def stream(layer, x, ids, sizes):
+    """Outputs in pieces, real where ``ids`` are; no piece may end with padding."""
+    run, state, ys, start = compiled(layer), layer.init_state(*ids.shape), [], 0
+    segment, position = jnp.zeros(2, jnp.int32), jnp.full(2, -1)
+    for size in sizes:
+        part = slice(start, start + size)
+        y, state = run(x[:, part], state, ids[:, part], segment, position)
+        ys.append(np.asarray(y))
+        start += size
+        segment = ids[:, start - 1]
+        position = (ids[:, :start] == segment[:, None]).sum(1) - 1
+    return np.concatenate(ys, axis=1) * np.asarray(ids != 0)[..., None]
+
+
+def test_pieces_of_a_variant_are_one_pass():
+    """Of the defaults they are by law."""
+    config = dataclasses.replace(TINY, literal_boundary=True, pooling="per_head", position="none")
+    layer, x, ids = make(config), normal(2, 33, D_MODEL), PACKED[:, 8:41]
+    want = compiled(layer)(x, ids=ids)[0]
+    close(stream(layer, x, ids, (13, 13) + (1,) * 7), np.asarray(want) * np.asarray(ids != 0)[..., None])
+
+
 def test_prefill_and_decode_under_a_mesh(mesh):
-    layer = make(TINY)
-    x, ids = normal(2, 33, D_MODEL), PACKED[:, 8:41]
+    layer = make(dataclasses.replace(TINY, core_rotation="after"))
+    x, ids = normal(2, 35, D_MODEL), PACKED[:, 7:42]  # the first token decoded completes a group
     want = compiled(layer)(x, ids=ids)[0]
     with jax.set_mesh(mesh(1, 2, 1, 4)):
-        run, state, ys, start = compiled(layer), layer.init_state(2, 33), [], 0
-        segment, position = jnp.zeros(2, jnp.int32), jnp.full(2, -1)
-        for size in (16, 16, 1):
-            part = slice(start, start + size)
-            y, state = run(x[:, part], state, ids[:, part], segment, position)
-            ys.append(np.asarray(y))
-            segment = ids[:, start + size - 1]  # no piece ends with padding
-            position = (ids[:, : start + size] == segment[:, None]).sum(1) - 1
-            start += size
-    real = np.asarray(ids != 0)[..., None]
-    close(np.concatenate(ys, axis=1) * real, want * real)
+        got = stream(layer, x, ids, (16, 16, 1, 1, 1))
+    close(got, np.asarray(want) * np.asarray(ids != 0)[..., None])
 
 
 @pytest.mark.aot
