@@ -49,8 +49,8 @@ def get_config(arg: str = "") -> HMTExperiment:
 
 
 def _around(before: Experiment, stage: str) -> HMTExperiment:
-    plain = before.kind == Experiment.kind
-    memory = _memory_for(before.task.seq_len) if plain else before.model.memory
+    plain = not isinstance(before, HMTExperiment)
+    memory = before.model.memory if isinstance(before, HMTExperiment) else _memory_for(before.task.seq_len)
     memory = dataclasses.replace(memory, recall="attention" if stage == "2" else "last", documents=3)
     train = dataclasses.replace(before.train, freeze=(), unfreeze=())
     config = with_memory(dataclasses.replace(before, train=train), memory)

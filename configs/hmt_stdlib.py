@@ -16,11 +16,8 @@ from configs.lm_stdlib import get_config as lm_stdlib
 from models.hmt_config import MemoryConfig
 
 SEGMENT = 256
-MEMORIES = {
-    "hmt": {"recall": "attention", "sensory": 16},
-    "rmt": {"recall": "last", "sensory": 0},
-    "local": {"recall": "none", "sensory": 0},
-}
+# Where a segment's prompt comes from, and how many tokens of the one before it reads again.
+MEMORIES = {"hmt": ("attention", 16), "rmt": ("last", 0), "local": ("none", 0)}
 
 
 def get_config(arg: str = "hmt") -> HMTExperiment:
@@ -34,7 +31,8 @@ def get_config(arg: str = "hmt") -> HMTExperiment:
     plain = lm_stdlib("attention")
     plain.name = f"hmt_stdlib:{arg}"
     plain.model.pattern = pattern or plain.model.pattern
-    memory = MemoryConfig(segment=SEGMENT, queue=32, documents=4, **MEMORIES[name])
+    recall, sensory = MEMORIES[name]
+    memory = MemoryConfig(segment=SEGMENT, sensory=sensory, recall=recall, queue=32, documents=4)
     config = with_memory(plain, memory)
     task = config.task
     # As many bytes a batch as the backbone's own config has; every length a power of two.
