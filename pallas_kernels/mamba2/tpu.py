@@ -68,7 +68,7 @@ def make_setup(inputs: Inputs, weights: Weights, segment_ids, form: Form, interp
     block = heads // form.n_groups
     plan = dataclasses.replace(plan, block=block, backward_block=block)
     shape = {"B": batch, "L": length, "H": heads, "P": four[3], "N": groups[3], "G": form.n_groups}
-    part = tuning.blocks("gated_ssd", shape, inputs.x.dtype, {"heads": PART})["heads"]
+    part = tuning.blocks("gated_ssd", shape, inputs.x.dtype, {"part": PART})["part"]
     width = weights.conv["x"][0].shape[0]
     return Setup(plan, largest_divisor(block, part), width, weights.norm is not None, form.norm_eps)
 

@@ -55,12 +55,12 @@ def _kernel(*refs, plan: Plan):
     scores = jnp.where(seen, dot(B, C, (1, 1)), 0.0)
     x, dy = by_head(x_ref[...], K), by_head(dy_ref[...], K)
     d = chunk_gradients(x, scale, scores, B, C, starts_ref[...], dy, dR_ref[...], decay)
+    dB_ref[...], dC_ref[...] = with_scores(d.B, d.C, jnp.where(seen, d.scores, 0.0), B, C)
     dx = d.u * scale[:, None, :] + dy * D_ref[...][:, :, None]
     dx_ref[...] = dx.reshape(-1, plan.chunk).astype(dx_ref.dtype)
     dD_ref[...] += sum_channels(dy * x)
     d_scale_ref[...] = d.scale
     d_log_decay_ref[...] = cumulative(d.alpha, reverse=True) + carried_ref[...]
-    dB_ref[...], dC_ref[...] = with_scores(d.B, d.C, jnp.where(seen, d.scores, 0.0), B, C)
     dR_ref[...], carried_ref[...] = d.R, d.overlap
 
     @pl.when(step == plan.chunks - 1)

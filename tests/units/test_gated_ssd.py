@@ -85,7 +85,7 @@ def test_the_chain_equals_the_reference(expected, packed):
 def test_fused_equals_the_reference(expected, packed, chunk):
     """Chunks shorter than the segments and longer; padding before, between, after; a row of padding."""
     form, ids = Form(G, chunk_size=chunk), SEGMENTS if packed else None
-    with tuning.forced("gated_ssd", {"heads": 1 if packed else 2}):
+    with tuning.forced("gated_ssd", {"part": 1 if packed else 2}):
         actual = outputs_and_gradients(arguments(), ids, form)
         again = outputs_and_gradients(arguments(), ids, form)
     assert_close(actual, expected[packed])
@@ -113,7 +113,7 @@ def test_no_races(monkeypatch):
     monkeypatch.setattr(tpu.conv_tpu, "causal_conv1d", lambda *args, interpret: conv_xla.causal_conv1d(*args))
     args, ids = arguments(16, batch=1), SEGMENTS[3:, :16]
     run = functools.partial(outputs_and_gradients, segment_ids=ids, form=Form(G, chunk_size=8))
-    with tuning.forced("gated_ssd", {"heads": 1}):
+    with tuning.forced("gated_ssd", {"part": 1}):
         actual = assert_no_races(functools.partial(run, interpret=CHECKED), args)
     assert_close(actual, run(args, implementation="xla"))
 
