@@ -7,12 +7,14 @@ import difflib
 import json
 import types
 import typing
+from collections.abc import Sequence
 from typing import Any
 
 from configs.base import BaseExperiment, ConfigError, Experiment
 from configs.beacon import BeaconExperiment
 from configs.classification import ClassificationExperiment
 from configs.hmt import HMTExperiment
+from configs.overrides import fields
 
 KINDS: dict[str, type[BaseExperiment]] = {
     kind.kind: kind for kind in (Experiment, ClassificationExperiment, HMTExperiment, BeaconExperiment)
@@ -33,6 +35,29 @@ def from_json(text: str, where: str = "config.json") -> Any:
     if kind not in KINDS:
         raise ConfigError(f"{where}: kind is {kind!r}, expected one of {sorted(KINDS)}")
     return _read(KINDS[kind], tree, where, "")
+
+
+def overridden(config: Any, settings: Sequence[str]) -> Any:
+    """``config`` with ``settings`` such as "model.memory.recall=none"; values are JSON, or plain words.
+
+    Raises:
+        ConfigError: a field that does not exist (names the nearest), or a value of another type.
+    """
+    tree = json.loads(config.to_json())
+    for setting in settings:
+        path, equals, text = setting.partition("=")
+        *above, last = path.split(".")
+        node = tree
+        for name in above:
+            node = node.get(name) if isinstance(node, dict) else None
+        if not equals or not isinstance(node, dict) or last not in node:
+            nearest = difflib.get_close_matches(path, fields(config), 1, 0.0)
+            raise ConfigError(f"{setting!r} should be FIELD=VALUE of a field there is, such as {nearest[0]}")
+        try:
+            node[last] = json.loads(text)
+        except ValueError:
+            node[last] = text
+    return from_json(json.dumps(tree), ", ".join(settings))
 
 
 def _read(kind: Any, value: Any, where: str, name: str) -> Any:

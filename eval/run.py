@@ -26,6 +26,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from configs.base import ConfigError
+from configs.saved import overridden
 from eval.opened import OpenRun, RunError, load_config, open_run
 from eval.probes import PROBES, choose
 from eval.probes.types import NotApplicable, Probe, Say
@@ -225,6 +226,13 @@ def parser() -> argparse.ArgumentParser:
     add("--probes", default="all", help=f"comma-separated, or all: {', '.join(PROBES)}")
     add("--set", action="append", default=[], metavar="PROBE.SETTING=VALUE", help="repeat it for several")
     add("--out", help="directory for the results (default: RUN/eval)")
+    add(
+        "--override",
+        action="append",
+        default=[],
+        metavar="FIELD=VALUE",
+        help="of the run's config, for what has no parameters (model.memory.recall=none); needs --out",
+    )
     add("--watch", action="store_true", help="examine each checkpoint as it appears, until the last")
     add("--poll", type=float, default=30.0, help="seconds between looks for a new checkpoint")
     return options
@@ -235,6 +243,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     given = options.parse_args(argv)
     if given.watch and given.step is not None:
         options.error("--watch examines every checkpoint; give --step or --watch, not both")
+    if given.override and (given.watch or not given.out):
+        options.error("--override examines another model than the run's: it needs --out, and no --watch")
     if given.poll <= 0:
         options.error(f"--poll={given.poll} should be positive")
     say = Console(stderr=True, soft_wrap=True, highlight=False, markup=False).print
@@ -244,7 +254,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         if given.watch:
             batches = watch(given.workdir, probes, given.out, say, poll=given.poll)
         else:
-            batches = iter([examine(open_run(given.workdir, given.step), probes, given.out, say)])
+            config = None
+            if given.override:
+                config = overridden(load_config(given.workdir), given.override)
+                config.name = ", ".join([config.name, *given.override])
+            opened = open_run(given.workdir, given.step, config=config)
+            batches = iter([examine(opened, probes, given.out, say)])
         with contextlib.suppress(KeyboardInterrupt):
             for records in batches:
                 Console().print(summary(records))

@@ -1,6 +1,5 @@
 """HMT in the loop: any mesh, resuming, a plain run to start from, what moves, generation, probes."""
 
-import dataclasses
 import json
 import shutil
 
@@ -10,7 +9,9 @@ import pytest
 
 import train
 from configs import hmt_papers, hmt_plugin, hmt_stdlib
+from configs.base import ConfigError
 from configs.hmt import HMTExperiment
+from configs.saved import overridden
 from eval import run as eval_run
 from eval.curves import read_records
 from eval.generate import Generator
@@ -94,12 +95,19 @@ def test_one_checkpoint_with_memory_and_without(trained):
     rows = long_rows(task_of(open_run(trained[0])), 64, 4)
     found = {}
     for recall in ("attention", "none"):
-        memory = dataclasses.replace(config.model.memory, recall=recall)
-        other = dataclasses.replace(config, model=dataclasses.replace(config.model, memory=memory))
-        opened = open_run(trained[0], config=other)
+        opened = open_run(trained[0], config=overridden(config, [f"model.memory.recall={recall}"]))
         found[recall] = score(opened, task_of(opened), rows, 64)["loss"][0]
     np.testing.assert_array_equal(found["attention"][:, :8], found["none"][:, :8])
     assert (found["attention"][:, 8:] != found["none"][:, 8:]).mean() > 0.9
+    assert overridden(config, ["model.memory.queue=2", "model.memory.bptt_depth=3"]).model.memory.queue == 2
+    for wrong, told in (
+        ("model.memory.recal=none", "such as model.memory.recall"),
+        ("model.memory.queue=many", "model.memory.queue is 'many', expected int"),
+    ):
+        with pytest.raises(ConfigError, match=told):
+            overridden(config, [wrong])
+    with pytest.raises(SystemExit):
+        eval_run.main([f"--workdir={trained[0]}", "--override=model.memory.recall=none"])
 
 
 def test_a_plain_run_becomes_the_backbone_and_only_what_is_declared_moves(corpus, tmp_path):
