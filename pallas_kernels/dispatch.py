@@ -15,8 +15,10 @@ import os
 from collections.abc import Callable, Mapping
 
 import jax
+import jax.numpy as jnp
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
+from jax.typing import DTypeLike
 
 PREFERENCE = "LONGSPAN_IMPLEMENTATION"
 PORTABLE = "xla"
@@ -32,6 +34,8 @@ class Kernel:
         unsupported: of the same arguments, why ``run`` cannot take them (the rule, the value, what would
             work), or None.
         platform: "tpu" or "cuda" as in ``jax.jit(...).lower(lowering_platforms=...)``; None for any.
+        unwise: of the same arguments, why ``implementation=None`` leaves a call that ``run`` could take to
+            the portable implementation, or None.
         automatic: whether ``implementation=None`` takes it on its platform. A kernel for GPU is taken by name
             only until it has run on one, equal to its reference and faster than ``xla``.
     """
@@ -40,6 +44,22 @@ class Kernel:
     unsupported: Callable[..., str | None]
     platform: str | None = None
     automatic: bool = False
+    unwise: Callable[..., str | None] | None = None
+
+    def declined(self, *args) -> str | None:
+        """Why ``implementation=None`` does not take it for a call on its platform, or None."""
+        return self.unsupported(*args) or (self.unwise(*args) if self.unwise else None)
+
+
+def unsuitable(
+    arrays: Mapping[str, jax.Array], *dtypes: DTypeLike, advice: str = "cast it to one of them"
+) -> str | None:
+    """Why kernels that take ``dtypes`` cannot take one of ``arrays`` (by name in the call), or None."""
+    names = " or ".join(jnp.dtype(dtype).name for dtype in dtypes)
+    for name, array in arrays.items():
+        if array.dtype not in dtypes:
+            return f"{name} is {array.dtype}, and the kernels take {names}; {advice}"
+    return None
 
 
 def resolve(op: str, implementation: str | None, available: Mapping[str, Callable | Kernel]) -> Callable:
@@ -96,7 +116,7 @@ def _or_portable(op: str, name: str, kernel: Kernel, portable: Callable) -> Call
 def _by_platform(op: str, kernels: Mapping[str, Kernel], portable: Callable, *args):
     branches: dict[str, Callable] = {}
     for name, kernel in kernels.items():
-        reason = kernel.unsupported(*args)
+        reason = kernel.declined(*args)
         if reason is None and kernel.platform is not None:
             branches[kernel.platform] = functools.partial(kernel.run, *args)
         elif reason is not None and kernel.platform == jax.default_backend().replace("gpu", "cuda"):
@@ -108,7 +128,7 @@ def _by_platform(op: str, kernels: Mapping[str, Kernel], portable: Callable, *ar
 
 @functools.cache
 def _say_once(op: str, name: str, reason: str) -> None:
-    logger.warning("%s: 'xla' runs, because %r cannot: %s.", op, name, reason)
+    logger.warning("%s: 'xla' runs and not %r: %s.", op, name, reason)
 
 
 # The identity, except that it lowers for one platform only: what a kernel named on the wrong platform raises.

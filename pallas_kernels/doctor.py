@@ -121,13 +121,15 @@ def choose(example: Example, platform: str) -> Choice:
     return Choice(*place, name, why if found else "expected, but not in the lowered program", good=found)
 
 
-def refusals_of(example: Example) -> dict[str, str | None]:
-    """By kernel, why it cannot take what the op hands to its implementations in this call, or None."""
+def refusals_of(example: Example, *, automatic: bool = False) -> dict[str, str | None]:
+    """By kernel, why it cannot take what the op hands to its implementations in this call, or None;
+    ``automatic``: why None does not choose it."""
     found: dict[str, str | None] = {}
     kernels = {name: k for name, k in example.available.items() if isinstance(k, Kernel)}
 
     def ask(*args):
-        found.update({name: kernel.unsupported(*args) for name, kernel in kernels.items()})
+        for name, kernel in kernels.items():
+            found[name] = kernel.declined(*args) if automatic else kernel.unsupported(*args)
         return example.available[PORTABLE](*args)
 
     if kernels:
@@ -145,7 +147,7 @@ def lowered(example: Example, implementation: str | None, platform: str) -> str:
 
 def _explain(example: Example, platform: str) -> tuple[str, str]:
     """What `dispatch.resolve` chooses for None, in words."""
-    preferred, refusals = os.environ.get(PREFERENCE, ""), refusals_of(example)
+    preferred, refusals = os.environ.get(PREFERENCE, ""), refusals_of(example, automatic=True)
     if preferred in example.available:
         reason = refusals.get(preferred)
         return (PORTABLE, f"{preferred}: {reason}") if reason else (preferred, f"${PREFERENCE}")

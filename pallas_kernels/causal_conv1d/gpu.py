@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import mosaic_gpu
 from pallas_kernels.causal_conv1d import xla
+from pallas_kernels.dispatch import unsuitable
 from pallas_kernels.mosaic_gpu import THREADS, Tile, Value
 
 TOKENS = 32  # of a tile in shared memory
@@ -35,10 +36,9 @@ class Config:
 
 def unsupported(x, weight, bias, state, segment_ids, activation) -> str | None:
     """Why the kernel cannot take the call, or None."""
-    if x.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
-        return f"x is {x.dtype}; the kernel takes float32, bfloat16 and float16"
-    if weight.dtype == jnp.float64 or bias.dtype == jnp.float64:
-        return "weight or bias is float64; the kernel computes in float32"
+    arrays = {"x": x, "weight": weight, "bias": bias}
+    if reason := unsuitable(arrays, jnp.float32, jnp.bfloat16, jnp.float16):
+        return reason
     if weight.shape[0] > MAX_TAPS:
         return f"K = {weight.shape[0]} taps are more than {MAX_TAPS}, the inputs a thread keeps in registers"
     return None

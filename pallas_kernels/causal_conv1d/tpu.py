@@ -22,6 +22,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels import mosaic, tuning
 from pallas_kernels.causal_conv1d import tpu_tile as tile
 from pallas_kernels.causal_conv1d import xla
+from pallas_kernels.dispatch import unsuitable
 from pallas_kernels.mosaic import LANES, sigmoid
 
 
@@ -43,9 +44,9 @@ def block_sizes(channels: int, length: int, dtype: DTypeLike) -> tuple[int, int]
 
 def unsupported(x, weight, bias, initial_state, segment_ids, activation) -> str | None:
     """Why the kernels cannot take a call; see ``dispatch.Kernel``."""
-    for name, t in (("x", x), ("weight", weight), ("bias", bias), ("initial_state", initial_state)):
-        if t.dtype not in (jnp.float32, jnp.bfloat16):
-            return f"{name} is {t.dtype}; TPU kernels take float32 and bfloat16"
+    arrays = {"x": x, "weight": weight, "bias": bias, "initial_state": initial_state}
+    if reason := unsuitable(arrays, jnp.float32, jnp.bfloat16):
+        return reason
     if weight.shape[0] > LANES:
         return f"K = {weight.shape[0]} taps are more than {LANES}; use long_conv"
     return None

@@ -18,6 +18,7 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Inexact
 
 from pallas_kernels import mosaic_gpu
+from pallas_kernels.dispatch import unsuitable
 from pallas_kernels.mosaic_gpu import THREADS, Tile, Value
 
 TOKENS = 32  # of a tile: a, b and h, real, twice, take 96 KiB of shared memory
@@ -33,9 +34,7 @@ class Config:
 
 def unsupported(a: jax.Array, b: jax.Array, state: jax.Array, reverse: bool) -> str | None:
     """Why the kernel cannot take the call, or None."""
-    if b.dtype not in (jnp.float32, jnp.complex64):
-        return f"a, b and the state are {b.dtype}; the kernel computes in float32 or complex64"
-    return None
+    return unsuitable({"b": b}, jnp.float32, jnp.complex64)
 
 
 def linear_scan(

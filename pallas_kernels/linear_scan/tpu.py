@@ -22,6 +22,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Inexact
 
 from pallas_kernels import mosaic, planes
+from pallas_kernels.dispatch import unsuitable
 from pallas_kernels.linear_scan import tpu_tile
 from pallas_kernels.linear_scan.tpu_tile import Walk
 from pallas_kernels.linear_scan.tpu_walk import Plan, Tile, block_sizes
@@ -50,10 +51,7 @@ def linear_scan(
 
 def unsupported(a: jax.Array, b: jax.Array, initial_state: jax.Array, reverse: bool) -> str | None:
     """Why the kernel does not take a call, or None."""
-    for name, t in (("a", a), ("b", b), ("initial_state", initial_state)):
-        if t.dtype not in (jnp.float32, jnp.complex64):
-            return f"{name} is {t.dtype}, and TPU kernels compute in float32; cast it to float32 or complex64"
-    return None
+    return unsuitable({"a": a, "b": b, "initial_state": initial_state}, jnp.float32, jnp.complex64)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

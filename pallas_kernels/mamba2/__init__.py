@@ -19,8 +19,7 @@ __all__ = ["Form", "Inputs", "Weights", "gated_ssd"]
 IMPLEMENTATIONS: dict[str, Callable | Kernel] = {
     "reference": functools.partial(unfused.gated_ssd, implementation="reference"),
     "xla": functools.partial(unfused.gated_ssd, implementation="xla"),
-    # By name only: by the compiler's schedule its forward beats the chain of kernels, its backward does not.
-    "pallas_tpu": Kernel(tpu.gated_ssd, tpu.unsupported, "tpu"),
+    "pallas_tpu": Kernel(tpu.gated_ssd, tpu.unsupported, "tpu", automatic=True, unwise=tpu.unwise),
     "interpret": Kernel(
         functools.partial(tpu.gated_ssd, interpret=True), functools.partial(tpu.unsupported, interpret=True)
     ),

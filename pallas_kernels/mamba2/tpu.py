@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels import mosaic, tuning
 from pallas_kernels.causal_conv1d import tpu as conv_tpu
 from pallas_kernels.causal_conv1d import xla as conv_xla
+from pallas_kernels.dispatch import unsuitable
 from pallas_kernels.mamba2 import unfused
 from pallas_kernels.mamba2.form import Form, Inputs, Weights
 from pallas_kernels.mamba2.tpu_backward import backward
@@ -27,6 +28,7 @@ from pallas_kernels.segments import reset_runs
 from pallas_kernels.ssd.tpu import chunk_counts, largest_divisor, make_plan, pad, to_groups
 
 PART = 16  # heads worked on at once
+TWO_CORES = ("v4", "v5p")
 
 
 def unsupported(
@@ -36,10 +38,10 @@ def unsupported(
     dtypes = {name: t.dtype for name, t in inputs._asdict().items() if name != "dt"}
     if len(set(dtypes.values())) > 1:
         return "the projections differ in dtype: " + ", ".join(f"{n} {d}" for n, d in dtypes.items())
-    if inputs.x.dtype not in (jnp.float32, jnp.bfloat16):
-        return f"x is {inputs.x.dtype}; TPU kernels take float32 and bfloat16"
-    if weights.dt_bias.dtype != jnp.float32 or weights.A.dtype != jnp.float32:
-        return f"dt_bias is {weights.dt_bias.dtype} and A {weights.A.dtype}; decays are computed in float32"
+    if reason := unsuitable({"x": inputs.x}, jnp.float32, jnp.bfloat16):
+        return reason
+    if reason := unsuitable({"dt_bias": weights.dt_bias, "A": weights.A}, jnp.float32):
+        return reason
     if weights.norm is not None and form.norm_before_gate:
         return "norm_before_gate=True; the kernels gate before the norm"
     headdim, width = inputs.x.shape[2] // inputs.dt.shape[2], weights.conv["x"][0].shape[0]
@@ -56,6 +58,16 @@ def unsupported(
             f"a grid step of {setup.plan.block} heads needs {size / mosaic.MiB:.0f} MiB of fast memory, more "
             f"than {VMEM_LIMIT_BYTES / mosaic.MiB:.0f}; the norm's groups of fewer heads, or bfloat16, fit"
         )
+    return None
+
+
+def unwise(
+    inputs: Inputs, weights: Weights, conv_state, initial_state, segment_ids, form: Form
+) -> str | None:
+    """Why None leaves the call to a kernel for each op, whose grids are finer; see ``dispatch.Kernel``."""
+    steps = inputs.x.shape[0] * form.n_groups
+    if tuning.current_chip() in TWO_CORES and steps % 2:
+        return f"rows times groups is {steps}, and a chip with two cores wants an even number"
     return None
 
 

@@ -26,6 +26,7 @@ from pallas_kernels.mamba2.tpu_tile import (
     fold,
     keep_alpha,
     later,
+    silu,
     silu_and_slope,
     taps,
     visible,
@@ -68,7 +69,7 @@ def _kernel(*refs, setup: Setup, names: tuple[str, ...]):
     def _():
         ref.d_initial[...] = ref.dR[...]
         reaches = _reaches(ref, setup, jnp.zeros_like(ref.reach)) if plan.packed else None
-        nothing = jnp.zeros((setup.strip, plan.chunk), ref.past.dtype)
+        nothing = jnp.zeros((setup.strip, plan.chunk), jnp.float32)
 
         def past(rows, number):
             d_past = _unconvolve(ref, setup, ref.past[rows, :], nothing, reaches, rows, number)
@@ -131,23 +132,23 @@ def _mix(ref: Any, setup: Setup, reach, chunk, rows, *_) -> None:
 
 def _take_norm(ref: Any, setup: Setup, reach, rows, *_) -> None:
     """How the cotangent of the normalised y lies along y."""
-    silu = silu_and_slope(ref.z[rows, :].astype(jnp.float32))[0]
+    gated = ref.y[rows, :] * silu(ref.z[rows, :].astype(jnp.float32))
     weight = columns_of(ref.wide, rows, setup.plan.chunk)[setup.width + 1]
-    along = ref.y[rows, :] * silu * (ref.d_out[rows, :].astype(jnp.float32) * weight)
+    along = gated * (ref.d_out[rows, :].astype(jnp.float32) * weight)
     ref.along[...] += fold(visible(along, reach))
 
 
 def _ungate(ref: Any, setup: Setup, reach, pull, rows, within, number) -> None:
     """Cotangents of y, into ``ref.d``, and of z, of a strip; the sum for the norm's weight."""
     y, d_out = ref.y[rows, :], visible(ref.d_out[rows, :].astype(jnp.float32), reach)
-    silu, slope = silu_and_slope(ref.z[rows, :].astype(jnp.float32))
+    gate, slope = silu_and_slope(ref.z[rows, :].astype(jnp.float32))
     d_gated = d_out
     if pull is not None:
-        gated, scaled = y * silu, d_out * ref.inverse[...]
+        gated, scaled = y * gate, d_out * ref.inverse[...]
         weight = columns_of(ref.wide, rows, setup.plan.chunk)[setup.width + 1]
         ref.sums[number] += _over_time(setup, {setup.width + 1: scaled * gated}, ref.x.dtype)
         d_gated = scaled * weight - visible(gated * pull, reach)
-    ref.d[within, :] = d_gated * silu
+    ref.d[within, :] = d_gated * gate
     ref.dz[rows, :] = (d_gated * y * slope).astype(ref.dz.dtype)
 
 
@@ -175,14 +176,14 @@ def _unmix(ref: Any, setup: Setup, reaches, rows, within, number) -> None:
     d = ref.d[within, :] * ref.slope[rows, :].astype(jnp.float32)
     dx = _unconvolve(ref, setup, ref.now[rows, :], d, reaches, rows, number)
     ref.dx[rows, :] = dx.astype(ref.dx.dtype)
-    ref.after[rows, :] = d.astype(ref.after.dtype)
+    ref.after[rows, :] = d
     ref.now[rows, :] = ref.x[rows, :]
 
 
 def _unconvolve(ref: Any, setup: Setup, x, d, reaches, rows, number) -> jax.Array:
     """Cotangent of the inputs ``x`` of a strip whose convolution has ``d``; the sums for taps and bias."""
     width, columns = setup.width, columns_of(ref.wide, rows, setup.plan.chunk)
-    seen = [d.astype(jnp.float32), *later(d.astype(ref.after.dtype), ref.after[rows, :], width)]
+    seen = [d, *later(d, ref.after[rows, :], width)]
     if reaches is not None:
         seen[1:] = [jnp.where(reaches[back] > back, t, 0) for back, t in enumerate(seen[1:], 1)]
     x = x.astype(jnp.float32)
@@ -203,12 +204,8 @@ def _over_time(setup: Setup, products: dict[int, jax.Array], dtype) -> jax.Array
 
 def _reaches(ref: Any, setup: Setup, reach) -> list[jax.Array]:
     """The reach of the tokens 0, 1, ... K-1 later; ``reach`` and each of them [1, Q]."""
-    after, chunk = ref.reach_after[...], setup.plan.chunk
-    reach = jnp.broadcast_to(reach, after.shape)
-    lane = jax.lax.broadcasted_iota(jnp.int32, reach.shape, 1)
-    sources = [jnp.where(lane < back, after, reach) for back in range(1, setup.width)]
-    rolled = [pltpu.roll(source, chunk - back, 1) for back, source in enumerate(sources, 1)]
-    return [t[:1] for t in (reach, *rolled)]
+    reach = jnp.broadcast_to(reach, ref.reach_after.shape)
+    return [t[:1] for t in (reach, *later(reach, ref.reach_after[...], setup.width))]
 
 
 def backward(setup: Setup, arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
@@ -298,7 +295,7 @@ def _scratch(setup: Setup, dtype) -> dict[str, Any]:
         "slope": (block, dtype),
         "y": (block, f32),
         "d": ((setup.part_rows, plan.chunk), f32),
-        "after": (block, dtype),
+        "after": (block, f32),
         "reach_after": ((SUBLANES, plan.chunk), jnp.int32),
         "along": ((SUBLANES, plan.chunk), f32),
         "alpha": (by_head, f32),

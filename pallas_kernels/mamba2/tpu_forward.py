@@ -19,7 +19,7 @@ from pallas_kernels.mamba2.tpu_tile import (
     columns_of,
     fold,
     keep_alpha,
-    silu_and_slope,
+    silu,
     taps,
     visible,
     widen,
@@ -86,15 +86,14 @@ def _kernel(*refs, setup: Setup, names: tuple[str, ...]):
 def _mix(ref: Any, setup: Setup, reach, rows, within, _) -> None:
     """Convolution and SiLU of a strip."""
     inputs = taps(ref.before[rows, :], ref.x[rows, :], reach, setup.width)
-    mixed, _ = silu_and_slope(before_activation(inputs, columns_of(ref.wide, rows, setup.plan.chunk)))
+    mixed = silu(before_activation(inputs, columns_of(ref.wide, rows, setup.plan.chunk)))
     ref.mixed[within, :] = visible(mixed, reach).astype(ref.mixed.dtype)
     ref.before[rows, :] = ref.x[rows, :]
 
 
 def _gate(ref: Any, setup: Setup, reach, rows, within, _) -> None:
     """The gate of a strip, and its sums of squares for the norm."""
-    silu, _ = silu_and_slope(ref.z[rows, :].astype(jnp.float32))
-    gated = visible(ref.part[within, :] * silu, reach)
+    gated = visible(ref.part[within, :] * silu(ref.z[rows, :].astype(jnp.float32)), reach)
     if setup.norm:
         ref.gated[rows, :] = gated
         ref.squares[...] += fold(gated * gated)

@@ -67,7 +67,7 @@ class Setup:
     def fast_memory(self, itemsize: int) -> int:
         """Bytes that a grid step of the backward holds: its blocks, their second buffers, scratch."""
         plan, states = self.plan, self.plan.d_state * (2 * itemsize + 20)
-        blocks = plan.chunk * (2 * 7 * itemsize + 4 * itemsize + 4)
+        blocks = plan.chunk * (2 * 7 * itemsize + 3 * itemsize + 8)
         return plan.rows * (blocks + states + 4 * LANES * (self.width + 2))
 
     def split_parts(self, t: jax.Array) -> jax.Array:
@@ -147,39 +147,19 @@ def taps(before: jax.Array, now: jax.Array, reach: jax.Array | None, width: int)
     ``before``, ``now`` [strip, Q]: of the chunk before and of this one. ``reach`` [1, Q]: how many of the
     last K inputs, its own among them, a token sees (None: all).
     """
-    chunk, words = now.shape[1], (_words(before), _words(now))
-    lane = _lanes(words[1])
-    taps = [now.astype(jnp.float32)]
-    for back in range(1, width):
-        source = jnp.where(lane >= chunk - back, *words)
-        taps.append(_floats(pltpu.roll(source, back, 1), now.shape[0]))
+    before, now = before.astype(jnp.float32), now.astype(jnp.float32)
+    chunk, lane = now.shape[1], jax.lax.broadcasted_iota(jnp.int32, now.shape, 1)
+    # Chosen first and rotated then: half the rotations of shifting both.
+    sources = [jnp.where(lane >= chunk - back, before, now) for back in range(1, width)]
+    taps = [now, *(pltpu.roll(source, back, 1) for back, source in enumerate(sources, 1))]
     return taps if reach is None else [jnp.where(reach > back, tap, 0) for back, tap in enumerate(taps)]
 
 
 def later(now: jax.Array, after: jax.Array, width: int) -> list[jax.Array]:
-    """``now`` [strip, Q], of which ``after`` is the chunk behind, 1, 2, ... K-1 tokens later, float32."""
-    chunk, words = now.shape[1], (_words(after), _words(now))
-    lane = _lanes(words[1])
-    sources = [jnp.where(lane < back, *words) for back in range(1, width)]
-    return [
-        _floats(pltpu.roll(source, chunk - back, 1), now.shape[0]) for back, source in enumerate(sources, 1)
-    ]
-
-
-def _lanes(t: jax.Array) -> jax.Array:
-    return jax.lax.broadcasted_iota(jnp.int32, t.shape, 1)
-
-
-def _words(t: jax.Array) -> jax.Array:
-    """What lanes are rotated of: 32 bits, in which two channels of 16 travel together."""
-    if t.dtype.itemsize == 4:
-        return t
-    return t.astype(jnp.float32) if t.shape[0] % (2 * SUBLANES) else pltpu.bitcast(t, jnp.int32)
-
-
-def _floats(words: jax.Array, channels: int) -> jax.Array:
-    """float32 of the channels that :func:`_words` packed."""
-    return words if words.shape[0] == channels else pltpu.bitcast(words, jnp.bfloat16).astype(jnp.float32)
+    """``now`` [.., Q] (32 bits), of which ``after`` is the chunk behind, 1, 2, ... K-1 tokens later."""
+    chunk, lane = now.shape[1], jax.lax.broadcasted_iota(jnp.int32, now.shape, 1)
+    sources = [jnp.where(lane < back, after, now) for back in range(1, width)]
+    return [pltpu.roll(source, chunk - back, 1) for back, source in enumerate(sources, 1)]
 
 
 def before_activation(taps: list[jax.Array], columns: list[jax.Array]) -> jax.Array:
@@ -191,6 +171,12 @@ def before_activation(taps: list[jax.Array], columns: list[jax.Array]) -> jax.Ar
 def visible(t: jax.Array, reach: jax.Array | None) -> jax.Array:
     """``t`` with zeros at padding."""
     return t if reach is None else jnp.where(reach > 0, t, 0)
+
+
+def silu(x: jax.Array) -> jax.Array:
+    """x sigmoid(x), as one hyperbolic tangent (see ``mosaic.sigmoid``)."""
+    half = 0.5 * x
+    return half + half * jnp.tanh(half)
 
 
 def silu_and_slope(x: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Inexact, Int
 
+from pallas_kernels.dispatch import unsuitable
 from pallas_kernels.mosaic_gpu import THREADS
 from pallas_kernels.selective_scan.gpu_kernels import TOKENS, backward, forward
 
@@ -26,11 +27,10 @@ MAX_STATE = 64
 
 def unsupported(x, dt, A, B, C, state, runs) -> str | None:
     """Why the kernels cannot take the call, or None."""
-    for name, t in {"A": A, "B": B, "C": C, "the state": state}.items():
-        if jnp.iscomplexobj(t):
-            return f"{name} is {t.dtype}; the kernels are real"
-    if state.dtype != jnp.float32:
-        return f"the state is {state.dtype}; the kernels compute in float32"
+    if reason := unsuitable({"A": A, "B": B, "C": C}, jnp.float32, jnp.bfloat16, jnp.float16):
+        return reason
+    if reason := unsuitable({"the state": state}, jnp.float32, advice="give dt and A in float32"):
+        return reason
     if A.shape[1] > MAX_STATE:
         return f"N = {A.shape[1]} is more than {MAX_STATE}, what a thread keeps in registers"
     return None

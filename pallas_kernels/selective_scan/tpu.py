@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Inexact, Int
 
 from pallas_kernels import mosaic, planes
+from pallas_kernels.dispatch import unsuitable
 from pallas_kernels.mosaic import LANES, SUBLANES, MiB
 from pallas_kernels.selective_scan import xla
 from pallas_kernels.selective_scan.tpu_backward import backward
@@ -70,9 +71,9 @@ def selective_scan(
 
 def unsupported(x, dt, A, B, C, initial_state, runs) -> str | None:
     """Why the kernels cannot take a call; see ``dispatch.Kernel``."""
-    for name, t in (("x", x), ("dt", dt), ("A", A), ("B", B), ("C", C), ("initial_state", initial_state)):
-        if t.dtype not in (jnp.float32, jnp.bfloat16, jnp.complex64):
-            return f"{name} is {t.dtype}; TPU kernels take float32, bfloat16 and complex64"
+    arrays = {"x": x, "dt": dt, "A": A, "B": B, "C": C, "initial_state": initial_state}
+    if reason := unsuitable(arrays, jnp.float32, jnp.bfloat16, jnp.complex64):
+        return reason
     counts = {t.shape[2] for t in (B, C) if t.ndim == 4}
     if len(counts) == 2 and min(counts) != 1:
         return f"B and C have {B.shape[2]} and {C.shape[2]} groups; repeat the fewer to as many as the others"

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.dispatch import unsuitable
 from pallas_kernels.ssd.gpu_backward import state_gradients, token_gradients
 from pallas_kernels.ssd.gpu_chunk import CHANNELS, CHUNK, decays
 from pallas_kernels.ssd.gpu_forward import forward
@@ -29,8 +30,8 @@ def unsupported(x, scale, log_decay, B, C, D, state, runs, chunk_size) -> str | 
     operand = jnp.result_type(x, B, C)
     if operand not in OPERANDS:
         return f"x, B and C promote to {operand}, and the matrix products take 16 bits; cast all to bfloat16"
-    if state.dtype != jnp.float32:
-        return f"the state is {state.dtype}, and the kernels carry it in float32; give dt and A in float32"
+    if reason := unsuitable({"the state": state}, jnp.float32, advice="give dt and A in float32"):
+        return reason
     if B.shape[3] > MAX_STATE:
         return f"N = {B.shape[3]} is more than {MAX_STATE}, what fits in registers and shared memory"
     return None

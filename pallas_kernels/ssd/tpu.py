@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import mosaic, tuning
+from pallas_kernels.dispatch import unsuitable
 from pallas_kernels.ssd import xla
 from pallas_kernels.ssd.tpu_backward import backward
 from pallas_kernels.ssd.tpu_chunk import Plan
@@ -70,11 +71,10 @@ def unsupported(
     x, scale, log_decay, B, C, D, state, runs, chunk_size, *, interpret: bool = False
 ) -> str | None:
     """Why the kernels cannot take the call, or None. Only the chip wants chunks of whole tiles of lanes."""
-    for name, t in {"x": x, "B": B, "C": C}.items():
-        if t.dtype not in OPERANDS:
-            return f"{name} is {t.dtype}, and the kernels take float32 and bfloat16; cast it to one of them"
-    if state.dtype != jnp.float32:
-        return f"the state is {state.dtype}, and the kernels carry it in float32; give dt and A in float32"
+    if reason := unsuitable({"x": x, "B": B, "C": C}, *OPERANDS):
+        return reason
+    if reason := unsuitable({"the state": state}, jnp.float32, advice="give dt and A in float32"):
+        return reason
     if interpret:
         return None
     chunk = min(chunk_size or mosaic.LANES, x.shape[1])

@@ -9,6 +9,7 @@ Matrices over pairs of tokens stand transposed, [j, i]: token j is written, toke
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import NamedTuple
 
 import jax
@@ -93,21 +94,22 @@ class Plan:
 
 # Blocks, their second buffers and the compiler's temporaries; v5p has 64 MiB, v5e and v6e 128.
 VMEM_LIMIT_BYTES = 48 * mosaic.MiB
+LOG2_E = math.log2(math.e)
 
 
 class Decays(NamedTuple):
     """Decays of one chunk, with alpha the inclusive cumulative sum of its log decays."""
 
-    alpha: jax.Array  # [K, Q]
-    alpha_column: jax.Array  # [Q, K]
+    bits: jax.Array  # [K, Q] alpha / log 2, so that a power of two is all there is to compute of a pair
+    bits_column: jax.Array  # [Q, K]
     from_start: jax.Array  # [K, Q] e^(alpha_i), 0 behind a reset
     to_end: jax.Array  # [K, Q] e^(alpha_Q - alpha_j), 0 before a reset
     through: jax.Array  # [K, 1] e^(alpha_Q), 0 if there is a reset
 
     def within(self, head: int) -> jax.Array:
         """e^(alpha_i - alpha_j) [j, i] for j <= i, at most 1; the rest is for :func:`visible` to mask."""
-        row, column = self.alpha[head : head + 1], self.alpha_column[:, head : head + 1]
-        return jnp.exp(jnp.minimum(row - column, 0.0))
+        row, column = self.bits[head : head + 1], self.bits_column[:, head : head + 1]
+        return jnp.exp2(jnp.minimum(row - column, 0.0))
 
 
 def cumulative(t: jax.Array, *, reverse: bool = False) -> jax.Array:
@@ -135,7 +137,8 @@ def decays(alpha: jax.Array, counts: jax.Array | None) -> Decays:
         from_start = jnp.where(counts == 0, from_start, 0.0)
         to_end = jnp.where(counts == resets, to_end, 0.0)
         through = jnp.where(resets == 0, through, 0.0)
-    return Decays(alpha, alpha.T, from_start, to_end, through)
+    bits = alpha * LOG2_E
+    return Decays(bits, bits.T, from_start, to_end, through)
 
 
 def _pairs(chunk: int) -> tuple[jax.Array, jax.Array]:
@@ -156,4 +159,4 @@ def over_channels(t: jax.Array, like: jax.Array, dtype) -> jax.Array:
 
 def through(R: jax.Array, decay: Decays) -> jax.Array:
     """What is left of the state R [K*P, N] at the end of the chunk (and, of a cotangent, at its start)."""
-    return (by_head(R, decay.alpha.shape[0]) * decay.through[:, :, None]).reshape(R.shape)
+    return (by_head(R, decay.bits.shape[0]) * decay.through[:, :, None]).reshape(R.shape)

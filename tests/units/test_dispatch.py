@@ -48,6 +48,20 @@ def test_a_kernel_runs_where_the_program_is_lowered_for_its_platform():
     assert "sine" not in lowered(lambda x: run(x, 7), "tpu")  # a shape it does not take
 
 
+def test_a_kernel_may_leave_to_others_what_it_could_take():
+    unwise = Kernel(double, unsupported, "tpu", automatic=True, unwise=lambda x, n: "slow" if n > 8 else None)
+    available = AVAILABLE | {"pallas_tpu": unwise}
+    for n, name, found in ((8, None, True), (16, None, False), (16, "pallas_tpu", True)):
+        run = resolve("op", name, available)
+        assert ("sine" in lowered(lambda x, run=run, n=n: run(x, n), "tpu")) is found
+
+
+def test_a_named_kernel_finds_its_arrays_inside_of_tuples():
+    pair = Kernel(lambda pair, n: double(pair[1], n), lambda pair, n: None, "tpu")
+    run = resolve("op", "pallas_tpu", AVAILABLE | {"pallas_tpu": pair})
+    assert "sine" in lowered(lambda x: run((None, x), 8), "tpu")
+
+
 def test_a_name_runs_or_raises():
     assert "sine" in lowered(lambda x: resolve("op", "pallas_tpu", AVAILABLE)(x, 8), "tpu")
     assert "cosine" in lowered(jax.grad(lambda x: resolve("op", "pallas_gpu", AVAILABLE)(x, 8).sum()), "cuda")
@@ -70,7 +84,7 @@ def test_a_preference_gives_way_and_says_so_once(monkeypatch, caplog):
         for _ in range(2):
             assert jnp.allclose(run(X, 7), 3.0)
     assert [r.message for r in caplog.records] == [
-        "op: 'xla' runs, because 'interpret' cannot: n = 7 is not a multiple of 8; pad to 8."
+        "op: 'xla' runs and not 'interpret': n = 7 is not a multiple of 8; pad to 8."
     ]
     monkeypatch.setenv(PREFERENCE, "cuDNN, which this op does not have")
     assert jnp.allclose(resolve("op", None, AVAILABLE)(X, 8), 3.0)

@@ -101,7 +101,9 @@ def test_no_races():
 def test_what_it_does_not_take_is_named():
     with jax.enable_x64(True):
         args = {name: value.astype(jnp.float64) for name, value in inputs("real").items()}
-        with pytest.raises(ValueError, match="a is float64, and TPU kernels compute in float32; cast it"):
+        with pytest.raises(
+            ValueError, match="a is float64, and the kernels take float32 or complex64; cast it"
+        ):
             linear_scan(**args, implementation="interpret")
 
 

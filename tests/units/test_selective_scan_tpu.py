@@ -105,7 +105,7 @@ def test_what_it_does_not_take_is_named():
     args = inputs()
     low = args | {"x": args["x"].astype(jnp.float16)}
     with pytest.raises(
-        ValueError, match="x is float16; TPU kernels take float32, bfloat16 and complex64. Or"
+        ValueError, match="x is float16, and the kernels take float32 or bfloat16 or complex64; cast"
     ):
         selective_scan(**low, implementation="interpret")
     with pytest.raises(ValueError, match="with N = 400 a block of 128 tokens takes .* may take 48; lower N"):

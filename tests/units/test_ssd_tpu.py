@@ -146,7 +146,7 @@ def test_what_is_unsupported_is_told():
     wide = jax.eval_shape(functools.partial(inputs, 300, headdim=4096, d_state=512))
     with pytest.raises(ValueError, match="a head of P = 4096 channels and N = 512 states fills fast memory"):
         jax.eval_shape(functools.partial(ssd, implementation="pallas_tpu"), **wide)
-    with pytest.raises(ValueError, match="B is float16, and the kernels take float32 and bfloat16"):
+    with pytest.raises(ValueError, match="B is float16, and the kernels take float32 or bfloat16"):
         ssd(**args | {"B": args["B"].astype(jnp.float16)}, implementation="interpret")
     parts = (args[name] for name in ("x", "dt", "B", "C"))
     with (
