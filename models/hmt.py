@@ -172,7 +172,12 @@ class HMT(LM):
             queue = forget(carry["queue"], read.fresh)
             if recipe.bptt_depth is not None:
                 queue = detach(queue, step % recipe.bptt_depth == 0)
-            return self._step({**carry, "queue": queue}, read, summary)
+            go = lambda: self._step({**carry, "queue": queue}, read, summary)  # noqa: E731
+            if recipe.documents == 1:
+                return go()
+            # Rows seldom hold as many documents as there are steps for: one without work costs nothing.
+            nothing = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(go)[1])
+            return jax.lax.cond((read.count > 0).any(), go, lambda: (carry, nothing))
 
         if recipe.remat:
             body = jax.checkpoint(body, prevent_cse=False)
