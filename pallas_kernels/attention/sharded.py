@@ -50,44 +50,21 @@ def attention(
 
     def device(q, arrays, q_segment_ids, slopes):
         bias = None if slopes is None else Alibi(slopes)
-        own, ring_tokens = [], []
-        for source, fields, pick_head, on_ring in zip(sources, arrays, shared, rings):
-            fields, tokens = dict(fields), Tokens()
-            if on_ring:
-                positions, ids = fields.pop("kv_positions"), fields.pop("kv_segment_ids")
-                tokens = Tokens(positions, ids, None, fields.pop("kv_window_positions"))
-            ring_tokens.append(tokens)
-            part = Source(**fields, mask=source.mask)
-            if pick_head:
-                k, v = _own_kv_head(part.k, parts), _own_kv_head(part.v, parts)
-                part = dataclasses.replace(part, k=k, v=v)
-            own.append(part)
+        own = [
+            _on_device(source, fields, pick_head, on_ring, parts)
+            for source, fields, pick_head, on_ring in zip(sources, arrays, shared, rings)
+        ]
         if time is None:
-            return run(q, own, q_segment_ids, scale, bias)
-        found = []
-        for source, tokens, on_ring in zip(own, ring_tokens, rings):
-            if on_ring:
-                places = time, time_parts, pieces
-                found.append(
-                    ring.attend(*places, q, source, tokens, q_segment_ids, scale, bias, implementation)
-                )
-            else:
-                source = _with_positions(source, q.shape[1], time_parts, pieces)
-                whole = blockwise.attend(
-                    q, source, q_segment_ids, scale, bias, wide(q), implementation=implementation
-                )
-                found.append(whole)
+            return run(q, [source for source, _ in own], q_segment_ids, scale, bias)
+        places = time, time_parts, pieces
+        found = [
+            _attend(places, q, source, tokens, on_ring, q_segment_ids, scale, bias, implementation)
+            for (source, tokens), on_ring in zip(own, rings)
+        ]
         out, lse = functools.reduce(lambda a, b: blockwise.merge(*a, *b), found)
         return out.astype(q.dtype), lse
 
-    def source_specs(on_ring: bool, pick_head: bool) -> dict[str, PartitionSpec]:
-        tokens = PartitionSpec(batch, time if on_ring else None)
-        kv = PartitionSpec(*tokens, None if pick_head else spmd.TENSOR)
-        by_row = PartitionSpec(batch)  # what is known of the keys is whole on every device, on the ring too
-        known = ("kv_positions", "kv_segment_ids", "kv_window_positions", "kv_length")
-        return {"k": kv, "v": kv, **dict.fromkeys(known, by_row), "q_positions": PartitionSpec(batch, time)}
-
-    specs = [source_specs(*x) for x in zip(rings, shared)]
+    specs = [_specs(batch, time if on_ring else None, time, pick) for on_ring, pick in zip(rings, shared)]
     arrays = [{name: getattr(source, name) for name in spec} for source, spec in zip(sources, specs)]
     q_spec = PartitionSpec(batch, time, spmd.TENSOR)
     return jax.shard_map(
@@ -97,6 +74,38 @@ def attention(
         out_specs=(q_spec, PartitionSpec(batch, spmd.TENSOR, time)),
         check_vma=False,
     )(q, arrays, q_segment_ids, None if bias is None else bias.slopes)
+
+
+def _on_device(
+    source: Source, fields: dict, pick_head: bool, on_ring: bool, parts: int
+) -> tuple[Source, Tokens]:
+    """One device's part of a source; what is known of its tokens apart if they go around the ring."""
+    fields, tokens = dict(fields), Tokens()
+    if on_ring:
+        positions, ids = fields.pop("kv_positions"), fields.pop("kv_segment_ids")
+        tokens = Tokens(positions, ids, None, fields.pop("kv_window_positions"))
+    part = Source(**fields, mask=source.mask)
+    if pick_head:
+        k, v = _own_kv_head(part.k, parts), _own_kv_head(part.v, parts)
+        part = dataclasses.replace(part, k=k, v=v)
+    return part, tokens
+
+
+def _attend(places, q, source: Source, tokens: Tokens, on_ring: bool, ids, scale, bias, implementation):
+    """One device's queries over one source: their output before it is cast, and the log of its weight."""
+    if on_ring:
+        return ring.attend(*places, q, source, tokens, ids, scale, bias, implementation)
+    _, parts, pieces = places
+    source = _with_positions(source, q.shape[1], parts, pieces)
+    return blockwise.attend(q, source, ids, scale, bias, wide(q), implementation=implementation)
+
+
+def _specs(batch, kv_time, q_time, pick_head: bool) -> dict[str, PartitionSpec]:
+    """How the arrays of a source are split."""
+    kv = PartitionSpec(batch, kv_time, None if pick_head else spmd.TENSOR)
+    by_row = PartitionSpec(batch)  # what is known of the keys is whole on every device, on the ring too
+    known = ("kv_positions", "kv_segment_ids", "kv_window_positions", "kv_length")
+    return {"k": kv, "v": kv, **dict.fromkeys(known, by_row), "q_positions": PartitionSpec(batch, q_time)}
 
 
 def _split_over_time(source: Source, parts: int) -> bool:

@@ -161,28 +161,15 @@ def backward(plan: Plan, x, scale, log_decay, B, C, D, starts, counts, dy, d_fin
     }
     if plan.packed:
         inputs["counts"] = (counts, "counts")
-    length = x.shape[2]
-    by_head, parts = (*blocks, plan.block, length), (*blocks, length, plan.d_state)
-    outputs = {
-        "x": (x.shape, "channels"),
-        "scale": (by_head, "heads"),
-        "log_decay": (by_head, "heads"),
-        "B": (parts, "group_parts"),
-        "C": (parts, "group_parts"),
-        "D": ((*blocks, plan.block, 1), "head_batch"),
-        "state": (d_final.shape, "state"),
-    }
+    outputs = _outputs(plan, x, d_final)
     results = mosaic.tpu_call(
         functools.partial(_kernel, plan=plan),
         name="ssd_backward",
         grid=(*blocks, plan.chunks),
         semantics=("parallel", "parallel", "arbitrary"),
         in_specs=[specs[kind] for _, kind in inputs.values()],
-        out_specs=[specs[kind] for _, kind in outputs.values()],
-        out_shape=[
-            jax.ShapeDtypeStruct(shape, x.dtype if name == "x" else jnp.float32)
-            for name, (shape, _) in outputs.items()
-        ],
+        out_specs=[specs[kind] for _, kind in outputs],
+        out_shape=[shape for shape, _ in outputs],
         scratch_shapes=[
             pltpu.VMEM((plan.rows, plan.d_state), jnp.float32),
             pltpu.VMEM((plan.block, 1), jnp.float32),
@@ -201,6 +188,24 @@ def backward(plan: Plan, x, scale, log_decay, B, C, D, starts, counts, dy, d_fin
         dD.sum(0).reshape(-1),
         d_state,
     )
+
+
+def _outputs(plan: Plan, x, d_final) -> list[tuple[jax.ShapeDtypeStruct, str]]:
+    """Shape and kind of block of every result of the kernel, in its order."""
+    blocks, length = (plan.batch, plan.head_blocks), x.shape[2]
+
+    def of(kind: str, *shape: int, dtype=jnp.float32):
+        return jax.ShapeDtypeStruct(shape, dtype), kind
+
+    return [
+        of("channels", *x.shape, dtype=x.dtype),
+        of("heads", *blocks, plan.block, length),
+        of("heads", *blocks, plan.block, length),
+        of("group_parts", *blocks, length, plan.d_state),
+        of("group_parts", *blocks, length, plan.d_state),
+        of("head_batch", *blocks, plan.block, 1),
+        of("state", *d_final.shape),
+    ]
 
 
 def sum_parts(plan: Plan, t: jax.Array, like: jax.Array) -> jax.Array:
