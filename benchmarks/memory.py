@@ -90,7 +90,7 @@ class Record:
     """One model at one length.
 
     Attributes:
-        prefill, decode: seconds of the whole prompt, and of one more token after it; none if ``repeats`` is 0.
+        prefill, decode: seconds of the whole prompt, and of one more token after it; none without samples.
         state, forward, gradient: bytes of the state, and of the two programs beside their inputs.
         flops, step_flops: of the prompt, and of the token after it, by ``flops_per_token``.
     """
