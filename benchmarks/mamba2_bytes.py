@@ -1,20 +1,21 @@
-"""What a Mamba-2 layer moves on TPU between its projections, by how the op there is put together.
+"""What a Mamba-2 layer moves on TPU, by how the op between its projections is put together.
 
     python -m benchmarks.mamba2_bytes [chip]
 
 Programs are compiled for a chip that need not be there, and the bytes of what was compiled are counted
-(``benchmarks/hlo_bytes.py``). The op's share is the layer's bytes less those of a program that is only the
-projections: they read x and write z, x, B, C and dt, read y and write the result, and backward likewise. So
-the op is charged for what it reads of them and for nothing that the compiler fuses into a product. Compiled
-alone, each op of its own in the layouts it likes best (the products write any), it has no neighbours to fuse
-into: the second count. Nothing is run, and no time is measured.
+(``benchmarks/hlo_bytes.py``): the op alone, convolution to gated norm, and the layer around it, both forward
+and with the gradient. Alone, the compiler chooses the layouts of the op's arguments and results, as it
+does between products, which read and write any; what it could fuse into those products is charged to the op.
+The layer less its projections would not be charged for that, but does not work: compiled by themselves the
+projections move more (their input is fetched once for each, in the layer it stays in fast memory). Nothing is
+run, and no time is measured.
 """
 
 from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -42,83 +43,65 @@ OPS: dict[str, Callable] = {
 }
 
 
-class Layer:
-    """A Mamba-2 layer of default shape, its op by a name of ``OPS``, as functions of arrays.
+def op_bytes(chip: str, op: str, train: bool, d_model: int = D_MODEL, length: int = LENGTH) -> int:
+    """Bytes of the op ``op`` of ``OPS`` alone, for one row of a layer of default shape in bfloat16."""
+    graph, state, x = _layer(d_model, length)
 
-    ``state`` and ``x`` [1, L, D] bfloat16 are what they take, described; ``between`` (Inputs, y) what stands
-    between the projections.
-    """
+    def between(state, x):
+        layer = nnx.merge(graph, state)
+        return _project(layer, x), layer.weights()
 
-    def __init__(self, op: str, d_model: int, length: int):
-        module = nnx.eval_shape(lambda: Mamba2(d_model, Mamba2Config(), rngs=nnx.Rngs(0)))
-        self.graph, state = nnx.split(module)
-        self.state = jax.tree.map(lambda t: jax.ShapeDtypeStruct(t.shape, t.dtype), state)
-        self.x = jax.ShapeDtypeStruct((1, length, d_model), jnp.bfloat16)
-        self.run, self.form = OPS[op], module.form(length)
-        inputs, _ = jax.eval_shape(self.project, self.state, self.x, None)
-        self.between = inputs, inputs.x
+    inputs, weights = jax.eval_shape(between, state, x)
+    form = nnx.merge(graph, state).form(length)
 
-    def project(self, state, x, y):
-        """The projections alone: before the op of x, behind it of y (None: only before)."""
-        layer = nnx.merge(self.graph, state)
-        inputs = Inputs(layer.in_z(x), layer.in_x(x), layer.in_B(x), layer.in_C(x), layer.in_dt(x))
-        return inputs, None if y is None else layer.out(y)
+    def run(inputs, weights):
+        return OPS[op](inputs, weights, form)[0]
 
-    def op(self, inputs, weights):
-        return self.run(inputs, weights, self.form)[0]
-
-    def whole(self, state, x):
-        inputs, _ = self.project(state, x, None)
-        layer = nnx.merge(self.graph, state)
-        return layer.out(self.op(inputs, layer.weights()))
-
-    def programs(self, train: bool) -> Iterator[tuple[str, Callable, tuple]]:
-        """(name, function, arguments) of the three programs, with their gradients if ``train``."""
-        inputs, y = self.between
-        weights = jax.eval_shape(lambda s: nnx.merge(self.graph, s).weights(), self.state)
-        for name, function, args, cotangents in (
-            ("layer", self.whole, (self.state, self.x), self.x),
-            ("projections", self.project, (self.state, self.x, y), (inputs, self.x)),
-            ("op alone", self.op, (inputs, weights), y),
-        ):
-            yield name, *(with_gradient(function, args, cotangents) if train else (function, args))
+    return _moved(chip, run, (inputs, weights), inputs.x if train else None, any_layout=True)
 
 
-def with_gradient(function: Callable, args: tuple, cotangents: Any) -> tuple[Callable, tuple]:
-    def both(cotangents, *args):
+def layer_bytes(chip: str, op: str, train: bool, d_model: int = D_MODEL, length: int = LENGTH) -> int:
+    """Bytes of the whole layer, its projections included, with the op ``op`` of ``OPS``."""
+    graph, state, x = _layer(d_model, length)
+
+    def run(state, x):
+        layer = nnx.merge(graph, state)
+        return layer.out(OPS[op](_project(layer, x), layer.weights(), layer.form(length))[0])
+
+    return _moved(chip, run, (state, x), x if train else None)
+
+
+def _layer(d_model: int, length: int):
+    """Graph and described state of the layer, and its described input."""
+    graph, state = nnx.split(nnx.eval_shape(lambda: Mamba2(d_model, Mamba2Config(), rngs=nnx.Rngs(0))))
+    state = jax.tree.map(lambda t: jax.ShapeDtypeStruct(t.shape, t.dtype), state)
+    return graph, state, jax.ShapeDtypeStruct((1, length, d_model), jnp.bfloat16)
+
+
+def _project(layer: Mamba2, x) -> Inputs:
+    return Inputs(layer.in_z(x), layer.in_x(x), layer.in_B(x), layer.in_C(x), layer.in_dt(x))
+
+
+def _moved(chip: str, function: Callable, args: tuple, cotangents: Any, *, any_layout: bool = False) -> int:
+    """Bytes of the program compiled for ``chip``; with its gradient if there are ``cotangents``."""
+
+    def with_gradient(cotangents, *args):
         y, vjp = jax.vjp(function, *args)
         return y, vjp(cotangents)
 
-    return both, (cotangents, *args)
-
-
-def moved(chip: str, function: Callable, args: tuple, *, any_layout: bool = False) -> int:
-    """Bytes of the program compiled for ``chip``."""
-    text = aot.compile_for(chip, function, *args, any_layout=any_layout).as_text()
+    program, args = (function, args) if cotangents is None else (with_gradient, (cotangents, *args))
+    text = aot.compile_for(chip, program, *args, any_layout=any_layout).as_text()
     assert text is not None
-    return sum(row.bytes for row in hlo_bytes.count(function, text, *args))
-
-
-def count(chip: str, op: str, train: bool, d_model: int = D_MODEL, length: int = LENGTH) -> dict[str, int]:
-    """Bytes of the "layer", its "projections", and the "op alone"."""
-    programs = Layer(op, d_model, length).programs(train)
-    return {name: moved(chip, f, args, any_layout=name == "op alone") for name, f, args in programs}
+    return sum(row.bytes for row in hlo_bytes.count(program, text, *args))
 
 
 def main(chip: str = "v5e") -> None:
     print(f"Mamba-2 of 2.7B, B=1 L={LENGTH} H=80 P=64 N=128 G=1 bf16, {chip}: MB")
-    print(
-        f"  {'':20} {'':22} {'layer':>8} {'projections':>12} {'op: layer less projections':>28} {'alone':>8}"
-    )
+    print(f"  {'':20} {'':22} {'op alone':>10} {'layer':>10}")
     for train in (False, True):
         for op in OPS:
-            size = {name: n / 1e6 for name, n in count(chip, op, train).items()}
-            share = size["layer"] - size["projections"]
-            print(
-                f"  {'forward + backward' if train else 'forward':20} {op:22} {size['layer']:8.0f} "
-                f"{size['projections']:12.0f} {share:28.0f} {size['op alone']:8.0f}",
-                flush=True,
-            )
+            sizes = (f"{count(chip, op, train) / 1e6:10.0f}" for count in (op_bytes, layer_bytes))
+            print(f"  {'forward + backward' if train else 'forward':20} {op:22}", *sizes, flush=True)
 
 
 if __name__ == "__main__":
