@@ -64,6 +64,8 @@ class Attention(nnx.Module):
         ValueError: a field of the config whose value cannot work.
     """
 
+    field = "attention"  # of the model's config, in messages
+
     def __init__(
         self,
         d_model: int,
@@ -77,7 +79,7 @@ class Attention(nnx.Module):
         self.heads = config.num_heads
         self.kv_heads = config.num_kv_heads or config.num_heads
         self.head_dim = config.head_dim or d_model // config.num_heads
-        _validate(config, d_model, self.head_dim)
+        _validate(self.field, config, d_model, self.head_dim)
         q_width, kv_width, bias = self.heads * self.head_dim, self.kv_heads * self.head_dim, config.qkv_bias
         self.q = Linear(d_model, q_width, ("embed", "heads"), rngs=rngs, use_bias=bias, init=init)
         self.k = Linear(d_model, kv_width, ("embed", "kv_heads"), rngs=rngs, use_bias=bias, init=init)
@@ -241,17 +243,17 @@ def refuse_overflow(total: Array, slots: int) -> None:
         raise ValueError(f"attention: the cache holds {slots} tokens, {needed} are needed; raise max_len")
 
 
-def _validate(config: AttentionConfig, d_model: int, head_dim: int) -> None:
+def _validate(field: str, config: AttentionConfig, d_model: int, head_dim: int) -> None:
     c = config
     if c.head_dim is None and d_model % c.num_heads:
         raise ValueError(
-            f"attention.num_heads={c.num_heads} does not divide d_model={d_model}; set attention.head_dim"
+            f"{field}.num_heads={c.num_heads} does not divide d_model={d_model}; set {field}.head_dim"
         )
     if c.num_kv_heads is not None and c.num_heads % c.num_kv_heads:
-        raise ValueError(f"attention.num_kv_heads={c.num_kv_heads} does not divide num_heads={c.num_heads}")
+        raise ValueError(f"{field}.num_kv_heads={c.num_kv_heads} does not divide num_heads={c.num_heads}")
     if c.position not in POSITIONS:
-        raise ValueError(f"attention.position={c.position!r} is unknown; use one of {POSITIONS}")
+        raise ValueError(f"{field}.position={c.position!r} is unknown; use one of {POSITIONS}")
     if c.window is not None and (c.window < 1 or not c.causal):
-        raise ValueError(f"attention.window={c.window} must be at least 1, and needs attention.causal=True")
+        raise ValueError(f"{field}.window={c.window} must be at least 1, and needs {field}.causal=True")
     if c.position == "rope":
         rotary_dim(c.rope, head_dim)

@@ -85,6 +85,7 @@ class CoreContextAttention(Attention):
         ValueError: a field of the config whose value cannot work.
     """
 
+    field = "cca"
     config: CCAConfig
 
     def __init__(
@@ -125,10 +126,8 @@ class CoreContextAttention(Attention):
             return self._merge_heads(self._one_pass(piece, ctx)), None
         before = state["length"] if ctx.continues is None else jnp.where(ctx.continues, state["length"], 0)
         if x.shape[1] == 1:
-            own = _ids(piece, ctx) != 0
-            after = self._advance(
-                state, before, piece, self._complete_group(state, before, piece, own, ctx), ctx
-            )
+            cores = self._complete_group(state, before, piece, _ids(piece, ctx) != 0, ctx)
+            after = self._advance(state, before, piece, cores, ctx)
             y = self._attend(piece.q, self._seen_by_last(after), ctx)
         else:
             y, after = self._next_piece(state, before, piece, ctx)
@@ -170,7 +169,7 @@ class CoreContextAttention(Attention):
         return self._attend(piece.q, [cores, self._tokens(piece, ctx.segment_ids, groups)], ctx)
 
     def _next_piece(self, state: State, before: Array, piece: Piece, ctx: Context) -> tuple[Array, State]:
-        """Several tokens, after ``before`` [B] of segment 1: which see what is cached and their own."""
+        """Output and state of several tokens, after ``before`` [B] of segment 1."""
         c, (batch, length) = self.config, piece.q.shape[:2]
         ids = _ids(piece, ctx)
         ctx = dataclasses.replace(ctx, segment_ids=ids)
@@ -299,8 +298,8 @@ def _validate(config: CCAConfig) -> None:
         raise ValueError(f"cca.window={c.window} and cca.group_size={c.group_size} must be at least 1")
     if c.group_size > c.window:
         raise ValueError(
-            f"cca.group_size={c.group_size} is larger than cca.window={c.window}: a token would not see its "
-            f"own group; use a group_size of at most {c.window}, or a larger window"
+            f"cca.group_size={c.group_size} is larger than cca.window={c.window}, which should hold at "
+            f"least one group; use a group_size of at most {c.window}, or a larger window"
         )
     if c.pooling not in POOLINGS:
         raise ValueError(f"cca.pooling={c.pooling!r} is unknown; use one of {POOLINGS}")

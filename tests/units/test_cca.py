@@ -320,7 +320,7 @@ def test_compiles(chip):
         ({"pooling": "max"}, "cca.pooling='max' is unknown"),
         ({"core_rotation": "twice"}, "cca.core_rotation='twice'"),
         ({"core_rotation": "after", "position": "none"}, "'after' needs 'rope'"),
-        ({"num_kv_heads": 3}, "num_kv_heads=3"),
+        ({"num_kv_heads": 3}, "cca.num_kv_heads=3"),
     ],
     ids=lambda x: x if isinstance(x, str) else "",
 )
