@@ -176,9 +176,10 @@ class BeaconLM(LM):
         return total
 
     def kv_bytes(self, length: int) -> tuple[int, int]:
-        """Bytes of the caches of one row with room for ``length`` tokens: condensed, and without beacons."""
-        made = jax.eval_shape(lambda: self.backbone.init_state(1, length))
-        condensed = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(made))
+        """Bytes of keys and values of a row with room for ``length`` tokens: condensed, and without beacons."""
+        made = jax.tree.leaves(jax.eval_shape(lambda: self.backbone.init_state(1, length)))
+        kept = [leaf for leaf in made if jnp.issubdtype(leaf.dtype, jnp.floating)]
+        condensed = sum(leaf.size * leaf.dtype.itemsize for leaf in kept)
         attention, layers = self.config.attention, self.config.layers.count("*")
         heads = attention.num_kv_heads or attention.num_heads
         width = attention.head_dim or self.config.d_model // attention.num_heads

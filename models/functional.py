@@ -34,8 +34,9 @@ class Functional:
 
     @classmethod
     def create(cls, build: Callable[[nnx.Rngs], nnx.Module]) -> Functional:
-        """Describe ``build(rngs)`` without allocating anything."""
-        with nnx.use_eager_sharding(False):  # axes are metadata here; the mesh comes later
+        """Describe ``build(rngs)`` without allocating anything, also where a mesh is in force."""
+        no_mesh = jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ()))
+        with nnx.use_eager_sharding(False), no_mesh:  # axes are metadata here; the mesh comes later
             abstract = nnx.eval_shape(lambda: build(nnx.Rngs(0)))
         graphdef, variables = nnx.split(abstract, nnx.Param)
         return cls(

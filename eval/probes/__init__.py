@@ -9,12 +9,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from eval.probes.bits_per_byte import BitsPerByte
+from eval.probes.condensing import Condensing
 from eval.probes.length_extrapolation import LengthExtrapolation
 from eval.probes.loss_by_position import LossByPosition
 from eval.probes.types import Probe
 
 PROBES: dict[str, type[Probe]] = {
-    probe.name: probe for probe in (BitsPerByte, LossByPosition, LengthExtrapolation)
+    probe.name: probe for probe in (BitsPerByte, LossByPosition, LengthExtrapolation, Condensing)
 }
 
 

@@ -131,15 +131,21 @@ def test_generation_of_uneven_prompts_is_what_one_pass_predicts(opened):
 
 def test_probes_read_it_as_any_language_model(opened, finished, tmp_path):
     few = ["loss_by_position.min_documents=2", "length_extrapolation.min_rows=2"]
-    few += ["length_extrapolation.factors=[1.0,2.0]", "loss_by_position.factor=2"]
-    probes.examine(opened, choose("loss_by_position,length_extrapolation", few), tmp_path)
+    few += ["length_extrapolation.factors=[1.0,2.0]", "loss_by_position.factor=2", "condensing.ratios=[2]"]
+    probes.examine(opened, choose("loss_by_position,length_extrapolation,condensing", few), tmp_path)
     found = {path.stem: json.loads(path.read_text()) for path in (tmp_path / "4").glob("*.json")}
-    assert set(found) == {"loss_by_position", "length_extrapolation"}
+    assert set(found) == {"loss_by_position", "length_extrapolation", "condensing"}
     packed = found["loss_by_position"]["numbers"]["validation_rows"]["loss"]
     want = json.loads((finished / "result.json").read_text())["validation/loss"]
     np.testing.assert_allclose(
         packed, want, rtol=1e-5, err_msg="read in pieces with a state, and in one pass"
     )
+    numbers = found["condensing"]["numbers"]
+    assert list(numbers["loss"]) == ["full", "ratio_2", "truncated"]
+    assert numbers["lost"]["full"] == 0 and numbers["lost"]["truncated"] == 1
+    a_slot = 2 * 2 * 8 * 4  # keys and values, heads, head dim, bytes
+    held = {name: size / a_slot for name, size in numbers["kv_bytes"].items()}
+    assert held == {"full": 32, "ratio_2": 32 / 2 + 8 + 4, "truncated": 8}
 
 
 def test_configs(corpus, source, tmp_path):

@@ -70,14 +70,15 @@ def direct(opened):
 
 
 def test_every_probe_leaves_a_record_and_a_picture(records):
-    found, directory = records
+    found, directory = dict(records[0]), records[1]
     assert set(found) == set(PROBES)
+    assert "runs of kind 'beacon'" in found.pop("condensing")["not_applicable"]
     for name, record in found.items():
         assert (record["probe"], record["config"], record["step"]) == (name, "tiny", 4)
         assert record["numbers"] and "error" not in record and record["seconds"] > 0
         assert record["date"][:2] == "20" and record["device"]
         assert all(len(c["x"]) == len(c["y"]) > 0 and c["xlabel"] for c in record["curves"].values())
-    assert {p.stem for p in directory.glob("*.png")} == set(PROBES) - {"bits_per_byte"}
+    assert {p.stem for p in directory.glob("*.png")} == set(PROBES) - {"bits_per_byte", "condensing"}
     assert min(p.stat().st_size for p in directory.glob("*.png")) > 10_000
     assert not list(directory.glob("*.tmp"))
     assert found["loss_by_position"]["settings"]["min_documents"] == 2
