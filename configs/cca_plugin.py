@@ -6,8 +6,8 @@ Hardware: that of the run. Metric: not yet recorded.
 
 Every parameter is loaded and none is new; a tenth of the run's updates at a tenth of its rate. All of them
 train; the paper also trains the projections of queries, keys and values alone,
-``--config.train.unfreeze='("*/q/kernel","*/k/kernel","*/v/kernel")'``. Without --config.train.steps worth
-speaking of, ``python -m eval.run`` on the result shows what the swap costs before training.
+``--config.train.unfreeze='("*/q/kernel","*/k/kernel","*/v/kernel")'``. With ``--config.train.steps=1
+--config.optim.lr=0 --config.optim.muon_lr=0`` its evaluation is of the swap alone.
 """
 
 from configs.base import Experiment

@@ -5,8 +5,9 @@ Command: ``python train.py --config=configs/cca_stdlib.py:cca --workdir=runs/cca
 Hardware: 2 CPU cores, about ten minutes each at 512 tokens. Metric: not yet recorded.
 
 The recipe of ``configs/lm_stdlib.py:attention``. A query sees the last 64 tokens and one core for each 16
-older ones: of 512 tokens at most 64 + 15 + 27 keys. Another compression is two settings away:
-``--config.model.cca.group_size=8 --config.model.cca.window=128``, in training or of a trained run.
+older ones: of 512 tokens at most 64 + 15 + 27 keys. Another compression is two settings away, in training
+(``--config.model.cca.group_size=8 --config.model.cca.window=128``) or of a trained run
+(``python -m eval.run --workdir=runs/cca --override=model.cca.group_size=8 --out=runs/cca/eval_8``).
 """
 
 from configs.base import Experiment
