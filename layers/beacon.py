@@ -64,8 +64,9 @@ class BeaconAttention(Attention):
         c = self.condensing
         if c.plain:
             return super().init_state(batch, max_len)
-        beacons = c.most(c.evaluated) if c.interleaved else 0
-        sizes = {"memory": max(c.sinks + beacons_of(c, max_len), 1), "window": c.window + beacons}
+        tokens = min(c.window, max_len)
+        beacons = tokens // min(c.evaluated) if c.interleaved else 0
+        sizes = {"memory": max(c.sinks + beacons_of(c, max_len), 1), "window": tokens + beacons}
 
         def empty(slots: int) -> Float[Array, "B M K E"]:
             return jnp.zeros((batch, slots, self.kv_heads, self.head_dim), self.config.cache_dtype)
@@ -86,19 +87,13 @@ class BeaconAttention(Attention):
 
     def flops_per_token(self, length: int) -> float:
         """Mean over a document of ``length`` tokens at the mean of the training ratios, beacons included."""
-        share = self.beacon_share
+        share = self.condensing.share
         window = min(self.condensing.window, length)
         memories = share * (length - window) / 2
         own = (1 + share) * (window + 1) / 2
         widths = self.head_dim * (2 * self.heads + 2 * self.kv_heads)
         per_slot = 2.0 * self.d_model * widths + 4.0 * self.heads * self.head_dim * (memories + own)
         return (1 + share) * per_slot
-
-    @property
-    def beacon_share(self) -> float:
-        """Beacons a raw token, at the mean of the training ratios."""
-        ratios = self.condensing.ratios
-        return sum(1 / ratio for ratio in ratios) / len(ratios)
 
     def _project_slots(self, x: Array, ctx: BeaconContext) -> tuple[Array, Array, Array]:
         """q, k, v [B, S, .., E] before the rotation."""
@@ -162,7 +157,7 @@ class BeaconAttention(Attention):
         ids_of, clock_of = (ids[:, :raw], ids[:, raw:]), (clock[:, :raw], clock[:, raw:])
         own = Mask(causal=True, window=2 * self.condensing.window)
         if self.condensing.interleaved:
-            # Two sources: in one, the blocks of keys between a query's raw tokens and beacons would count.
+            # As one source, the blocks of keys between a query's raw tokens and its beacons would be walked.
             return [Source(*kv, clock, at, i, mask=own) for kv, at, i in zip(parts, clock_of, ids_of)]
         beacons = jnp.where(ctx.is_beacon, ctx.chunk, -1)  # of queries: raw tokens see none
         itself = Source(*parts[1], beacons, ctx.chunk[:, raw:], ids_of[1], mask=SAME)

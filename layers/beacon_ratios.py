@@ -72,9 +72,10 @@ class BeaconConfig:
         """Whether nothing is condensed outside training."""
         return self.evaluated == (0,)
 
-    def most(self, ratios: tuple[int, ...]) -> int:
-        """Beacons of a window at the smallest of ``ratios``."""
-        return self.window // min(ratios)
+    @property
+    def share(self) -> float:
+        """Beacons a raw token, at the mean of the training ratios."""
+        return sum(1 / ratio for ratio in self.ratios) / len(self.ratios)
 
     def validate(self) -> None:
         """Raises ValueError naming the first field whose value cannot work, and what would."""

@@ -9,7 +9,6 @@ without beacons as it was. `layers.beacon_slots` says what sees what.
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -161,22 +160,15 @@ class BeaconLM(LM):
     def flops_per_token(self, length: int) -> float:
         """Forward operations per raw token at context ``length`` in training, head included."""
         total = 2.0 * self.config.d_model * self.config.padded_vocab_size
-        share = 0.0
         for run in self.backbone.runs:
             for layer in run.layers:
-                if isinstance(layer.mixer, BeaconAttention):
-                    share = layer.mixer.beacon_share
-        for run in self.backbone.runs:
-            flops = math.fsum(
-                layer.mixer.flops_per_token(length)
-                * (1 if isinstance(layer.mixer, BeaconAttention) else 1 + share)
-                for layer in run.layers
-            )
-            total += run.repeats * flops
+                # An attention layer counts its beacons itself.
+                slots = 1 if isinstance(layer.mixer, BeaconAttention) else 1 + self.config.beacon.share
+                total += run.repeats * slots * layer.mixer.flops_per_token(length)
         return total
 
     def kv_bytes(self, length: int) -> tuple[int, int]:
-        """Bytes of keys and values of a row with room for ``length`` tokens: condensed, and without beacons."""
+        """Bytes of the keys and values of ``length`` tokens of a row: condensed, and without beacons."""
         made = jax.tree.leaves(jax.eval_shape(lambda: self.backbone.init_state(1, length)))
         kept = [leaf for leaf in made if jnp.issubdtype(leaf.dtype, jnp.floating)]
         condensed = sum(leaf.size * leaf.dtype.itemsize for leaf in kept)
