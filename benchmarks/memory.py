@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import math
 import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -28,8 +29,10 @@ from layers.attention import AttentionConfig
 from layers.cca import CCAConfig
 from models.config import LMConfig
 from models.functional import Functional
+from models.hmt import HMT
+from models.hmt_config import HMTConfig, MemoryConfig
 from models.lm import LM
-from models.loss import token_nll
+from models.loss import chunked_cross_entropy, token_nll
 from runtime import mesh as meshes
 from runtime.host import restart_with_tuned_malloc
 
@@ -57,14 +60,38 @@ def _cca(rngs: nnx.Rngs) -> LM:
     return LM(dataclasses.replace(BACKBONE, pattern="c-c-", cca=cca), rngs=rngs)
 
 
+def _hmt(rngs: nnx.Rngs) -> HMT:
+    fields = {field.name: getattr(BACKBONE, field.name) for field in dataclasses.fields(LMConfig)}
+    return HMT(HMTConfig(**fields, memory=MemoryConfig(segment=512, sensory=32, queue=300)), rngs=rngs)
+
+
+def _hmt_loss(model: HMT, batch: Any) -> jax.Array:
+    """Back-propagation through 8 segments, the state carried on as ``task.carry_state`` does."""
+    rows, length = batch["tokens"].shape
+    pieces = length // math.gcd(length, 8 * model.recipe.segment)
+    tokens, targets = (
+        jnp.moveaxis(batch[name].reshape(rows, pieces, -1), 1, 0) for name in ("tokens", "targets")
+    )
+
+    @jax.checkpoint
+    def piece(state: Any, batch: tuple[jax.Array, jax.Array]) -> tuple[Any, jax.Array]:
+        hidden, state, _ = model(batch[0], jax.lax.stop_gradient(state), training=True)
+        return state, chunked_cross_entropy(model, hidden, batch[1])[0]
+
+    _, nll = jax.lax.scan(piece, model.init_state(rows, length), (tokens, targets))
+    return jnp.moveaxis(nll, 0, 1).reshape(rows, length)
+
+
 MODELS: dict[str, Method] = {
     "attention": Method(lambda rngs: LM(BACKBONE, rngs=rngs)),
     "cca": Method(_cca),
+    "hmt": Method(_hmt, _hmt_loss),
 }
 METHOD = (
     "One row. Prompts in pieces as generation reads them, after which tokens are decoded greedily, "
     f"{STEPS} a call; medians of samples in turns. State: bytes with room for the prompt. Memory: temporary "
-    "bytes of one pass over all tokens with the loss, as compiled, without rematerialisation."
+    "bytes of one pass over all tokens with the loss, as compiled, without rematerialisation; but HMT is "
+    "trained in rows of 8 segments with the state carried on, and recomputes each."
 )
 
 
