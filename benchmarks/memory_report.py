@@ -64,16 +64,17 @@ def plot(found: dict[str, Any], path: pathlib.Path) -> None:
     """Over the length: prompt, token, state, memory with gradients."""
     import matplotlib.pyplot as plt
 
-    panels = (
+    drawn = (
         ("prefill", "prompt, s", 1.0),
         ("decode", "a token, ms", 1e3),
         ("state", "state, MiB", 2**-20),
         ("gradient", "memory with gradients, MiB", 2**-20),
     )
+    panels = [panel for panel in drawn if all(r[panel[0]] for r in found["records"])]  # times may be missing
     figure, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 4), layout="constrained")
     for axis, (field, label, unit) in zip(axes, panels):
         for name in found["plan"]["models"]:
-            mine = [r for r in found["records"] if r["model"] == name and r[field] != ()]
+            mine = [r for r in found["records"] if r["model"] == name]
             values = [statistics.median(r[field]) if isinstance(r[field], tuple) else r[field] for r in mine]
             axis.plot([r["length"] for r in mine], [unit * v for v in values], marker="o", label=name)
         axis.set(xscale="log", yscale="log", xlabel="tokens", title=label)

@@ -7,7 +7,7 @@ Hardware: that of the run. Metric: not yet recorded.
 Every parameter is loaded and none is new; a tenth of the run's updates at a tenth of its rate. All of them
 train; the paper also trains the projections of queries, keys and values alone,
 ``--config.train.unfreeze='("*/q/kernel","*/k/kernel","*/v/kernel")'``. With ``--config.train.steps=1
---config.optim.lr=0 --config.optim.muon_lr=0`` its evaluation is of the swap alone.
+--config.optim.lr=1e-12 --config.optim.muon_lr=1e-12`` its evaluation is of the swap alone.
 """
 
 from configs.base import Experiment

@@ -36,5 +36,7 @@ def test_growth_and_report(record, tmp_path):
     text = io.StringIO()
     memory_report.show(found, Console(file=text, width=200))
     assert "8.00x" in text.getvalue() and "d_model 64" in text.getvalue()
-    memory_report.plot(found, tmp_path / "memory.png")
+    untimed = [dataclasses.replace(r, prefill=(), decode=()) for r in (record, longer)]
+    for records in (untimed, [record, longer]):
+        memory_report.plot(memory.results(plan, records, found["machine"]), tmp_path / "memory.png")
     assert (tmp_path / "memory.png").stat().st_size > 10_000
