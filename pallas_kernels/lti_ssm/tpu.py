@@ -69,27 +69,15 @@ def _contiguous(u, log_A, B, C, initial_state, start, n_real, interpret):
     plan = make_plan(u.shape, log_A.shape[1], start is not None, interpret)
     length = u.shape[1]
     n_real = jnp.full(u.shape[:1], length, jnp.int32) if n_real is None else n_real
-    pad = functools.partial(_to_pairs, plan)
-    low = powers.exp_multiple(log_A[:, None], jnp.arange(SUBLANES)[:, None])
-    high = powers.exp_multiple(log_A[:, None], SUBLANES * jnp.arange(plan.tiles)[:, None])
-    through = powers.exp_multiple(log_A[:, None], plan.chunk << jnp.arange(plan.jumps)[:, None])
-    written, read = low * B[:, None], low * (C * jnp.exp(log_A))[:, None]
-    factors = jnp.concatenate([pad(t) for t in (written[:, ::-1], read, high, through[:, :1])], axis=1)
-    seen = tables.pairs(jnp.conj(high * C[:, None]))
-    kernel = jnp.einsum("hms,hrs->hmr", seen, tables.pairs(written), precision="highest")
-    arrays = {
-        "u": to_rows(plan, u),
-        "kernel": kernel.reshape(plan.heads, 1, -1),
-        "factors": factors,
-        "state": pad(initial_state).swapaxes(0, 1),
-    }
+    kernel, factors, jumps = _factors(plan, log_A, B, C)
+    state = _to_pairs(plan, initial_state).swapaxes(0, 1)
+    arrays = {"u": to_rows(plan, u), "kernel": kernel, "factors": factors, "state": state}
     continues = None
     if plan.tail:
         tail, continues = xla.last_tokens(u, start, n_real, plan.chunk)
         arrays["tail"] = jnp.moveaxis(tail, 2, 0)
     marks = None if start is None else resets(plan, start)
-    jumps = jax.lax.stop_gradient(pad(through))
-    y, stopped, own = _scan(plan, arrays, jumps, n_real // plan.chunk, marks)
+    y, stopped, own = scan(plan, arrays, jumps, n_real // plan.chunk, marks)
     state = _from_pairs(stopped, B.shape[1])
     if continues is not None:
         state = jnp.where(continues[:, None, None], state, 0)
@@ -97,6 +85,31 @@ def _contiguous(u, log_A, B, C, initial_state, start, n_real, interpret):
         state = powers.advance(log_A, state, n_real % plan.chunk, plan.chunk - 1)
         state += _from_pairs(own, B.shape[1])
     return from_rows(plan, y, length), state
+
+
+def _factors(plan: Plan, log_A, B, C) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """kernel [H, 1, Q], factors and jumps as the kernels want them."""
+    steps = [1 << jnp.arange(3), SUBLANES << jnp.arange((plan.tiles - 1).bit_length())]
+    steps.append(plan.chunk << jnp.arange(plan.jumps))
+    # Few exponentials: sine and cosine of many powers take XLA for TPU half a minute to compile.
+    digits = powers.exp_multiple(log_A[:, None], jnp.concatenate(steps)[:, None])
+    of_low, of_high, through = jnp.split(digits, [3, digits.shape[1] - plan.jumps], axis=1)
+    low, high = _products(of_low), _products(of_high)[:, : plan.tiles]
+    write, read = low * B[:, None], low * (C * low[:, 1])[:, None]
+    K = jnp.einsum(
+        "hms,hrs->hmr", tables.pairs(jnp.conj(high * C[:, None])), tables.pairs(write), precision="highest"
+    )
+    parts = [_to_pairs(plan, t) for t in (write[:, ::-1], read, high, through)]
+    factors = jnp.concatenate([*parts[:3], parts[3][:, :1]], axis=1)
+    return K.reshape(plan.heads, 1, -1), factors, jax.lax.stop_gradient(parts[3])
+
+
+def _products(digits: Complex[Array, "H K N"]) -> Complex[Array, "H M N"]:
+    """Entry m < 2^K is the product of the digits k at which m, in binary, has a one."""
+    products = jnp.ones((digits.shape[0], 1, digits.shape[2]), digits.dtype)
+    for k in range(digits.shape[1]):
+        products = jnp.concatenate([products, products * digits[:, k : k + 1]], axis=1)
+    return products
 
 
 def _to_pairs(plan: Plan, z: Complex[Array, "*t N"]) -> Float[Array, "*t S"]:
@@ -110,7 +123,8 @@ def _from_pairs(t: Float[Array, "H B S"], d_state: int) -> Complex[Array, "B H N
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _scan(plan: Plan, arrays: dict[str, jax.Array], jumps, stops, marks: Resets | None):
+def scan(plan: Plan, arrays: dict[str, jax.Array], jumps, stops, marks: Resets | None):
+    """y, stopped and own (None without a tail) of ``tpu_forward.forward``; differentiable in ``arrays``."""
     out = forward(plan, arrays | {"jumps": jumps}, stops, marks, save=False)
     return out["y"], out["stopped"], out.get("own")
 
@@ -131,4 +145,4 @@ def _scan_backward(plan, residuals, cotangents):
     return gradients, jnp.zeros_like(kept["jumps"]), None, None
 
 
-_scan.defvjp(_scan_forward, _scan_backward)
+scan.defvjp(_scan_forward, _scan_backward)

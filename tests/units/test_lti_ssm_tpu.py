@@ -7,8 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from benchmarks import recurrence_cases
 from pallas_kernels import tuning
 from pallas_kernels.lti_ssm import lti_ssm, reference, tpu
+from pallas_kernels.lti_ssm.tpu_plan import Factors, Resets, make_plan
 from runtime import aot
 from tests.races import CHECKED, assert_no_races
 from tests.units.test_lti_ssm import SEGMENTS, assert_close, expected, inputs, outputs_and_gradients
@@ -27,7 +29,6 @@ def interpreted(args, segment_ids=None, reverse=False, **blocks):
     "packed, reverse, chunk, rows, heads",
     [
         (False, False, 8, 512, 4),  # 44 tokens: a ragged chunk
-        (False, False, 48, 512, 1),
         (True, False, 24, 4, 2),  # one chunk of four rows a block; several resets in a chunk
         (True, True, 8, 12, 2),
     ],
@@ -100,35 +101,50 @@ def test_what_it_does_not_take_is_named():
     with pytest.raises(ValueError, match="N = 600 states are above 512, what fast memory holds; lower N. Or"):
         lti_ssm(**many, implementation="interpret")
     with jax.enable_x64(True):
-        wide = {name: t.astype(jnp.promote_types(t.dtype, float)) for name, t in inputs("diagonal").items()}
+        wide = {
+            name: t.astype(f"{t.dtype.kind}{2 * t.dtype.itemsize}") for name, t in inputs("diagonal").items()
+        }
         with pytest.raises(ValueError, match="u is float64, and TPU kernels compute in float32; cast it"):
             lti_ssm(**wide, implementation="interpret")
 
 
+needs_compiler = pytest.mark.skipif(aot.unavailable() is not None, reason=str(aot.unavailable()))
+
+
 @pytest.mark.aot
-@pytest.mark.skipif(aot.unavailable() is not None, reason=str(aot.unavailable()))
+@needs_compiler
 @pytest.mark.parametrize(
-    "chip, batch, length, heads, d_state, packed",
-    [
-        ("v5e", 16, 4096, 256, 64, True),
-        ("v5p", 1, 4096, 1024, 64, False),
-        ("v6e", 3, 1000, 6, 4, True),
-    ],
+    "chip, batch, heads, packed",
+    [("v5e", 16, 256, True), ("v5p", 1, 1024, False), ("v6e", 3, 512, True)],
 )
-def test_compiles_for_tpu(chip, batch, length, heads, d_state, packed):
-    u, state = (
-        jax.ShapeDtypeStruct((batch, *shape), dtype)
-        for shape, dtype in (((length, heads), jnp.float32), ((heads, d_state), jnp.complex64))
-    )
-    matrix = jax.ShapeDtypeStruct(state.shape[1:], state.dtype)
-    ids = jax.ShapeDtypeStruct(u.shape[:2], jnp.int32) if packed else None
+def test_kernels_compile_for_tpu(chip, batch, heads, packed):
+    """Without the exponentials around them, which take XLA far longer to compile."""
+    plan = make_plan((batch, 4096, heads), 64, packed, interpret=False)
 
-    def run(ids, cotangents, *inputs):
-        def op(u, log_A, B, C, state):
-            return lti_ssm(u, log_A, B, C, initial_state=state, segment_ids=ids)
+    def of(*shape, dtype=jnp.float32):
+        return jax.ShapeDtypeStruct(shape, dtype)
 
-        outputs, vjp = jax.vjp(op, *inputs)
+    rows, state = plan.all_chunks * batch, of(heads, batch, plan.d_state)
+    arrays = {"u": of(heads, rows, plan.chunk), "kernel": of(heads, 1, plan.chunk), "state": state}
+    arrays["factors"] = of(heads, Factors.count(plan.tiles), plan.d_state)
+    marks = None
+    if packed:
+        arrays["tail"] = of(heads, batch, plan.chunk)
+        shapes = (rows, plan.chunk), (rows, plan.d_state), (plan.time_blocks,)
+        marks = Resets(*(of(*shape, dtype=jnp.int32) for shape in shapes))
+
+    def run(arrays, jumps, stops, marks, cotangents):
+        outputs, vjp = jax.vjp(lambda arrays: tpu.scan(plan, arrays, jumps, stops, marks), arrays)
         return outputs, vjp(cotangents)
 
-    text = aot.compile_for(chip, run, ids, (u, state), u, matrix, matrix, matrix, state).as_text()
+    jumps, stops = of(heads, plan.jumps, plan.d_state), of(batch, dtype=jnp.int32)
+    cotangents = arrays["u"], state, state if packed else None
+    text = aot.compile_for(chip, run, arrays, jumps, stops, marks, cotangents).as_text()
     assert "lti_ssm_backward" in text
+
+
+@pytest.mark.aot
+@needs_compiler
+def test_is_what_tpu_gets():
+    function, args = recurrence_cases.lti_ssm(3, 1000, 6, 4, packed=True, backward=True)
+    assert "lti_ssm_backward" in aot.compile_for("v6e", function, *args).as_text()
