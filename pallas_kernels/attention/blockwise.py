@@ -1,13 +1,15 @@
 """Blockwise softmax attention with memory O(L), whatever computes a source: the rule of differentiation.
 
 The backward keeps the output and its log-sum-exp only, and recomputes the probabilities (Dao et al. 2022,
-arXiv 2205.14135). Several sources are merged by their log-sum-exps. :func:`forward` and :func:`backward` of
+arXiv 2205.14135). Several sources are merged by their log-sum-exps; their backward needs nothing of each but
+its keys, since a probability is exp(logit - log-sum-exp of all). :func:`forward` and :func:`backward` of
 one source are what implementations differ in, here and on a ring of devices (``ring.py``).
 """
 
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Callable, Sequence
 
 import jax
@@ -43,13 +45,7 @@ def attention(
     implementation: str | None = None,
 ) -> Out:
     """Same contract as the reference, in blocks of ``block`` queries and keys."""
-    out_dtype = q.dtype if len(sources) == 1 else wide(q)
-    parts = [
-        attend(q, source, q_segment_ids, scale, bias, out_dtype, block=block, implementation=implementation)
-        for source in sources
-    ]
-    out, lse = functools.reduce(lambda a, b: merge(*a, *b), parts)
-    return out.astype(q.dtype), lse
+    return _attend_all(q, sources, q_segment_ids, scale, bias, q.dtype, block, implementation)
 
 
 def attend(
@@ -64,12 +60,20 @@ def attend(
     implementation: str | None = None,
 ) -> Out:
     """Attention over one source, differentiable in q, k, v through the output and the log-sum-exp."""
-    aligned = source.q_positions is None and source.kv_positions is None
-    spec = Spec(source.mask, scale, aligned, jnp.dtype(out_dtype), block, implementation)
-    positional = source.mask.positional or bias is not None
-    tokens = tokens_of(source, q.shape[1], q_segment_ids, positional)
+    return _attend_all(q, [source], q_segment_ids, scale, bias, out_dtype, block, implementation)
+
+
+def _attend_all(q, sources, q_segment_ids, scale, bias, out_dtype, block, implementation) -> Out:
+    merged = jnp.dtype(out_dtype if len(sources) == 1 else wide(q))
+    specs, tokens = [], []
+    for source in sources:
+        aligned = source.q_positions is None and source.kv_positions is None
+        specs.append(Spec(source.mask, scale, aligned, merged, block, implementation))
+        positional = source.mask.positional or bias is not None
+        tokens.append(tokens_of(source, q.shape[1], q_segment_ids, positional))
     slopes = None if bias is None else jax.lax.stop_gradient(bias.slopes)
-    return _attend(spec, q, source.k, source.v, *tokens, slopes)
+    keys = tuple((source.k, source.v) for source in sources)
+    return _attend(tuple(specs), jnp.dtype(out_dtype), q, keys, tuple(tokens), slopes)
 
 
 def merge(out_a: Array, lse_a: Array, out_b: Array, lse_b: Array) -> Out:
@@ -79,22 +83,32 @@ def merge(out_a: Array, lse_a: Array, out_b: Array, lse_b: Array) -> Out:
     return a * out_a + b * out_b, lse
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(spec, q, k, v, q_tokens, kv_tokens, slopes):
-    return forward(spec, q, k, v, q_tokens, kv_tokens, slopes)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _attend(specs, out_dtype, q, keys, tokens, slopes):
+    parts = [
+        forward(spec, q, k, v, q_tokens, kv_tokens, slopes)
+        for spec, (k, v), (q_tokens, kv_tokens) in zip(specs, keys, tokens)
+    ]
+    out, lse = functools.reduce(lambda a, b: merge(*a, *b), parts)
+    return out.astype(out_dtype), lse
 
 
-def _attend_fwd(spec, q, k, v, q_tokens, kv_tokens, slopes):
-    out, lse = forward(spec, q, k, v, q_tokens, kv_tokens, slopes)
-    return (out, lse), (q, k, v, q_tokens, kv_tokens, slopes, out, lse)
+def _attend_fwd(specs, out_dtype, q, keys, tokens, slopes):
+    out, lse = _attend(specs, out_dtype, q, keys, tokens, slopes)
+    return (out, lse), (q, keys, tokens, slopes, out, lse)
 
 
-def _attend_bwd(spec, residuals, cotangents):
-    q, k, v, q_tokens, kv_tokens, slopes, out, lse = residuals
+def _attend_bwd(specs, out_dtype, residuals, cotangents):
+    q, keys, tokens, slopes, out, lse = residuals
     d_out, d_lse = cotangents
     delta = row_delta(out, d_out, d_lse)
-    dq, dk, dv = backward(spec, q, k, v, q_tokens, kv_tokens, slopes, lse, d_out, delta)
-    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None, None, None
+    parts = [
+        backward(spec, q, k, v, q_tokens, kv_tokens, slopes, lse, d_out, delta)
+        for spec, (k, v), (q_tokens, kv_tokens) in zip(specs, keys, tokens)
+    ]
+    dq = functools.reduce(operator.add, (part[0] for part in parts))
+    d_keys = tuple((dk.astype(k.dtype), dv.astype(v.dtype)) for (_, dk, dv), (k, v) in zip(parts, keys))
+    return dq.astype(q.dtype), d_keys, None, None
 
 
 _attend.defvjp(_attend_fwd, _attend_bwd)
