@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import mamba2, tuning
+from pallas_kernels.causal_conv1d import causal_conv1d as conv_op
+from pallas_kernels.selective_scan import selective_scan as scan_op
 from pallas_kernels.ssd import ssd as ssd_op
 
 
@@ -92,3 +94,50 @@ def gated_ssd(
         return y, vjp(dy)
 
     return (both, (ids, inputs.x, inputs, weights)) if backward else (run, (ids, inputs, weights))
+
+
+def causal_conv1d(
+    length: int = 8192,
+    channels: int = 5120,
+    width: int = 4,
+    dtype: str = "bfloat16",
+    backward: bool = False,
+    implementation: str = "pallas_tpu",
+) -> tuple[Callable, tuple]:
+    """The convolution of x of a Mamba-2 layer (2.7B by default) standing alone, or it and its gradient."""
+    x = jax.ShapeDtypeStruct((1, length, channels), jnp.dtype(dtype))
+    weight, bias = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((width, channels), (channels,)))
+
+    def run(*inputs):
+        return conv_op(*inputs, activation="silu", implementation=implementation)[0]
+
+    return _with_gradient(run, x, (x, weight, bias)) if backward else (run, (x, weight, bias))
+
+
+def selective_scan(
+    length: int = 2048,
+    channels: int = 1536,
+    d_state: int = 16,
+    dtype: str = "bfloat16",
+    backward: bool = False,
+) -> tuple[Callable, tuple]:
+    """The recurrence of Mamba-1 (130M by default), or it and its gradient."""
+
+    def of(*shape: int, dtype=jnp.float32) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    x, B = (of(1, length, size, dtype=jnp.dtype(dtype)) for size in (channels, d_state))
+    inputs = (x, of(1, length, channels), of(channels, d_state), B, B, of(channels))
+
+    def run(*inputs):
+        return scan_op(*inputs, implementation="pallas_tpu")[0]
+
+    return _with_gradient(run, x, inputs) if backward else (run, inputs)
+
+
+def _with_gradient(run: Callable, cotangent: Any, inputs: tuple) -> tuple[Callable, tuple]:
+    def both(cotangent, *inputs):
+        y, vjp = jax.vjp(run, *inputs)
+        return y, vjp(cotangent)
+
+    return both, (cotangent, *inputs)

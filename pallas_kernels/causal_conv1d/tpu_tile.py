@@ -1,12 +1,10 @@
-"""A block of the causal convolution in fast memory: what the kernels that contain one share.
+"""A block of the causal convolution in fast memory: what its two kernels share.
 
 Blocks are [channels, time], float32, worked on a strip of channels at a time. *Reach* is how many of the last
 K inputs, its own among them, a token sees (None: all K). ``columns`` [channels, K+1] are taps and bias.
 """
 
 from __future__ import annotations
-
-import math
 
 import jax
 import jax.numpy as jnp
@@ -17,20 +15,20 @@ from pallas_kernels.mosaic import LANES
 STRIP = 16  # channels worked on at once: their values stay in registers
 
 
-def strip_of(channels: int, size: int = STRIP) -> int:
-    """Channels of a strip: ``size``, or what divides the channels."""
-    return math.gcd(size, channels) if channels % STRIP == 0 else channels
+def strip_of(channels: int) -> int:
+    """Channels of a strip: ``STRIP``, or all where it does not divide them."""
+    return STRIP if channels % STRIP == 0 else channels
 
 
-def for_strip(row, ref, size: int = STRIP):
+def for_strip(row, ref):
     """[1, Q] for every channel of a strip: a mask is cheap to compare, and dear to broadcast."""
-    return jnp.broadcast_to(row, (strip_of(ref.shape[0], size), row.shape[1]))
+    return jnp.broadcast_to(row, (strip_of(ref.shape[0]), row.shape[1]))
 
 
-def for_strips(ref, visit, size: int = STRIP) -> None:
+def for_strips(ref, visit) -> None:
     """``visit(rows)`` for strips of channels small enough that a strip's values stay in registers."""
     channels = ref.shape[0]
-    strip = strip_of(channels, size)
+    strip = strip_of(channels)
 
     def step(i, _):
         visit(pl.ds(pl.multiple_of(i * strip, strip), strip))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +28,8 @@ from pallas_kernels.mosaic import LANES, SUBLANES
 from pallas_kernels.segments import reset_runs
 from pallas_kernels.ssd.tpu import chunk_counts, largest_divisor, make_plan, pad, to_groups
 
-PART = 16  # heads worked on at once
+DEFAULT = {"chunk": LANES, "part": 16}  # tokens of a chunk; heads worked on at once
+MAX_ELEMENTS = 2**31 - 1
 TWO_CORES = ("v4", "v5p")
 
 
@@ -53,6 +55,9 @@ def unsupported(
     if chunk is not None and chunk < inputs.x.shape[1] and chunk % (SUBLANES if interpret else LANES):
         return f"chunk_size = {chunk} is not a multiple of {LANES}, a tile of lanes; use 128 or None"
     setup = make_setup(inputs, weights, segment_ids, form, interpret)
+    starts = setup.plan.chunks * math.prod(inputs.x.shape[::2]) * setup.plan.d_state
+    if max(starts, inputs.x.size) > MAX_ELEMENTS:
+        return f"chunk-start states of {starts} elements are more than 2^31 - 1; feed the sequence in pieces"
     if not interpret and (size := setup.fast_memory(inputs.x.dtype.itemsize)) > VMEM_LIMIT_BYTES:
         return (
             f"a grid step of {setup.plan.block} heads needs {size / mosaic.MiB:.0f} MiB of fast memory, more "
@@ -76,13 +81,14 @@ def make_setup(inputs: Inputs, weights: Weights, segment_ids, form: Form, interp
     (batch, length, channels), heads = inputs.x.shape, inputs.dt.shape[2]
     four = (batch, max(length, SUBLANES), heads, channels // heads)
     groups = (batch, length, form.n_groups, inputs.B.shape[2] // form.n_groups)
-    plan = make_plan(four, groups, inputs.x.dtype, segment_ids is not None, form.chunk_size, interpret)
+    shape = {"B": batch, "L": length, "H": heads, "P": four[3], "N": groups[3], "G": form.n_groups}
+    sizes = tuning.blocks("gated_ssd", shape, inputs.x.dtype, DEFAULT)
+    chunk = form.chunk_size or sizes["chunk"]
+    plan = make_plan(four, groups, inputs.x.dtype, segment_ids is not None, chunk, interpret)
     block = heads // form.n_groups
     plan = dataclasses.replace(plan, block=block, backward_block=block)
-    shape = {"B": batch, "L": length, "H": heads, "P": four[3], "N": groups[3], "G": form.n_groups}
-    part = tuning.blocks("gated_ssd", shape, inputs.x.dtype, {"part": PART})["part"]
-    width = weights.conv["x"][0].shape[0]
-    return Setup(plan, largest_divisor(block, part), width, weights.norm is not None, form.norm_eps)
+    part, width = largest_divisor(block, sizes["part"]), weights.conv["x"][0].shape[0]
+    return Setup(plan, part, width, weights.norm is not None, form.norm_eps)
 
 
 def gated_ssd(

@@ -65,10 +65,11 @@ class Setup:
         return -(-(self.width + 2) // SUBLANES) * SUBLANES
 
     def fast_memory(self, itemsize: int) -> int:
-        """Bytes that a grid step of the backward holds: its blocks, their second buffers, scratch."""
-        plan, states = self.plan, self.plan.d_state * (2 * itemsize + 20)
-        blocks = plan.chunk * (2 * 7 * itemsize + 3 * itemsize + 8)
-        return plan.rows * (blocks + states + 4 * LANES * (self.width + 2))
+        """Bytes that a grid step of the backward holds: its blocks, their second buffers, scratch for all its
+        heads; and 3 MiB for one part, the compiler's temporaries included."""
+        tokens, states = (-(-n // LANES) * LANES for n in (self.plan.chunk, self.plan.d_state))
+        blocks = tokens * (2 * 7 * itemsize + 3 * itemsize + 8) + states * (2 * itemsize + 20)
+        return self.plan.rows * (blocks + 4 * LANES * (self.width + 2)) + 3 * MiB
 
     def split_parts(self, t: jax.Array) -> jax.Array:
         """[.., H, *] -> [.., H/part, part, *] of the axis before the last."""
