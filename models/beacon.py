@@ -30,7 +30,7 @@ from layers.types import Context, State
 from models.backbone import Backbone
 from models.beacon_config import BeaconLMConfig
 from models.functional import Tree
-from models.lm import LM
+from models.lm import LM, last_real
 from models.registry import KINDS, Kind
 from pallas_kernels import spmd
 
@@ -120,7 +120,9 @@ class BeaconLM(LM):
         hidden = self.norm(x, dtype=dtype)
         after = None
         if state is not None:
-            segment = _last_segment(segment_ids, state["segment"])
+            segment = state["segment"]
+            if segment_ids is not None:
+                segment = last_real(segment_ids, segment_ids, segment)
             after = {**state, "layers": layers, "segment": segment, "tokens": slots.tokens}
         arranged = spmd.shard_activations(hidden[:, :raw])
         out = {"residual": x[:, :raw], "arranged": arranged, "beacons": hidden[:, raw:], "slots": slots}
@@ -196,13 +198,3 @@ def copy_backbone(config: BeaconLMConfig, params: Tree) -> Tree:
 
     row = params["embed"]["table"][config.beacon_init_id]
     return {**copy(params), "beacon_embed": jnp.array(row)}
-
-
-def _last_segment(segment_ids: Int[Array, "B L"] | None, before: Int[Array, " B"]) -> Int[Array, " B"]:
-    """Id of the last real token of each row; ``before`` where there is none."""
-    if segment_ids is None:
-        return before
-    length = segment_ids.shape[1]
-    last = length - 1 - jnp.argmax(segment_ids[:, ::-1] != 0, axis=1)
-    found = jnp.take_along_axis(segment_ids, last[:, None], axis=1)[:, 0]
-    return jnp.where((segment_ids != 0).any(axis=1), found, before)

@@ -126,12 +126,16 @@ def _last(state: State, segment_ids: Int[Array, "B L"] | None, ctx: Context) -> 
     """Segment id and position of the last real token of each row; those before where there is none."""
     if segment_ids is None:
         return {"segment": state["segment"], "position": ctx.positions[:, -1]}
-    length = segment_ids.shape[1]
-    last = length - 1 - jnp.argmax(segment_ids[:, ::-1] != 0, axis=1)
-    pick = lambda values, before: jnp.where(  # noqa: E731
-        (segment_ids != 0).any(axis=1), jnp.take_along_axis(values, last[:, None], axis=1)[:, 0], before
-    )
     return {
-        "segment": pick(segment_ids, state["segment"]),
-        "position": pick(ctx.positions, state["position"]),
+        "segment": last_real(segment_ids, segment_ids, state["segment"]),
+        "position": last_real(ctx.positions, segment_ids, state["position"]),
     }
+
+
+def last_real(
+    values: Int[Array, "B L"], segment_ids: Int[Array, "B L"], before: Int[Array, " B"]
+) -> Int[Array, " B"]:
+    """The value of the last real token of each row; ``before`` where there is none."""
+    last = segment_ids.shape[1] - 1 - jnp.argmax(segment_ids[:, ::-1] != 0, axis=1)
+    found = jnp.take_along_axis(values, last[:, None], axis=1)[:, 0]
+    return jnp.where((segment_ids != 0).any(axis=1), found, before)
