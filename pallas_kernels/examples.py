@@ -229,15 +229,20 @@ def _cca() -> Example:
         "v": random.normal(*kv),
         "segment_ids": _segments(2, 45),
     }
-    return Example(
-        "core_context_attention",
-        "grouped heads, packed, float32",
-        cca_op.IMPLEMENTATIONS,
-        lambda a, implementation: cca_op.core_context_attention(
-            **a, group_size=4, window=8, implementation=implementation
-        ),
-        arguments,
-    )
+
+    def call(a: Arrays, implementation: str | None) -> Any:
+        return cca_op.core_context_attention(
+            a["q"],
+            a["k"],
+            a["v"],
+            group_size=4,
+            window=8,
+            segment_ids=a["segment_ids"],
+            implementation=implementation,
+        )
+
+    what = "grouped heads, packed, float32"
+    return Example("core_context_attention", what, cca_op.IMPLEMENTATIONS, call, arguments)
 
 
 def _lti() -> Iterator[Example]:

@@ -93,9 +93,9 @@ def _on_device(
 
 def _attend(places, q, source: Source, tokens: Tokens, on_ring: bool, ids, scale, bias, implementation):
     """One device's queries over one source: their output before it is cast, and the log of its weight."""
+    axis, parts, pieces = places
     if on_ring:
-        return ring.attend(*places, q, source, tokens, ids, scale, bias, implementation)
-    _, parts, pieces = places
+        return ring.attend(axis, parts, pieces, q, source, tokens, ids, scale, bias, implementation)
     source = _with_positions(source, q.shape[1], parts, pieces)
     return blockwise.attend(q, source, ids, scale, bias, wide(q), implementation=implementation)
 
