@@ -21,7 +21,8 @@ from eval.probes.scoring import long_rows, score, task_of
 from models.hmt_config import HMTConfig, MemoryConfig
 from models.lora import LoRAConfig
 from objectives import model_of
-from runtime import tree_diff
+from runtime import run_record, tree_diff
+from runtime.checkpoint import Checkpoints
 from runtime.freeze import freeze
 from runtime.mesh import MeshConfig
 from tests.experiments import tiny, write_corpus
@@ -110,10 +111,13 @@ def test_one_checkpoint_with_memory_and_without(trained):
         eval_run.main([f"--workdir={trained[0]}", "--override=model.memory.recall=none"])
 
 
+@pytest.mark.slow
 def test_a_plain_run_becomes_the_backbone_and_only_what_is_declared_moves(corpus, tmp_path):
     plain = tiny(corpus, steps=3)
     plain.model.pattern, plain.model.attention.window = "*", None
-    train.run(plain, tmp_path / "plain", DEVICE)
+    with Checkpoints(tmp_path / "plain", plain.checkpoint) as checkpoints:  # what a run leaves
+        checkpoints.save(1, train.setup(plain, DEVICE).init(jax.random.key(7)), wait=True)
+    run_record.save_config(tmp_path / "plain", plain.to_json())
     config = hmt_plugin.get_config(f"{tmp_path / 'plain'},1")
     assert (config.model.memory.slots, config.task.seq_len, config.task.batch_size) == (32, 56, 4)
     config.lora = LoRAConfig(rank=2, alpha=8.0, targets=("embed/table", "all"))
@@ -139,6 +143,7 @@ def test_a_plain_run_becomes_the_backbone_and_only_what_is_declared_moves(corpus
         hmt_plugin.get_config(str(tmp_path / "plain"))
 
 
+@pytest.mark.slow
 def test_a_run_on_a_mesh_of_eight_devices_is_the_same(trained, corpus, tmp_path):
     results = train.run(experiment(corpus, mesh=MeshConfig(1, 2, 2, 2)), tmp_path / "run")
     np.testing.assert_allclose(
