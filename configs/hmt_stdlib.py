@@ -32,7 +32,7 @@ def get_config(arg: str = "hmt") -> HMTExperiment:
     plain.name = f"hmt_stdlib:{arg}"
     plain.model.pattern = pattern or plain.model.pattern
     recall, sensory = MEMORIES[name]
-    memory = MemoryConfig(segment=SEGMENT, sensory=sensory, recall=recall, queue=32, documents=4)
+    memory = MemoryConfig(segment=SEGMENT, sensory=sensory, recall=recall, queue=32, documents=4, remat=False)
     config = with_memory(plain, memory)
     task = config.task
     # As many bytes a batch as the backbone's own config has; every length a power of two.

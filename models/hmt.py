@@ -99,7 +99,8 @@ class HMT(LM):
 
         Any packing, any phase of each row, any length; but it has no gradient, because the number of steps
         depends on the segment ids. With ``training`` it has: the steps are as many as ``memory.documents``
-        says, and read whole segments, so that rows must not begin within one that the state has begun.
+        says, and read whole segments: rows must not begin within one that the state has begun, and a state
+        that such a call leaves within one is of no use.
 
         Args:
             segment_ids: raw ids of documents, as for `LM`.
@@ -186,7 +187,8 @@ class HMT(LM):
         reached = real & (segments.step < len(steps)) & whole[:, None]
         hidden = jnp.where(reached[..., None], gather(given.hidden, segments), 0)
         hidden = jnp.where((real & ~reached)[..., None], jnp.nan, hidden)
-        return carry, hidden, {"read": reached, **given._asdict(), "summary": summaries}
+        out = {"read": reached, "memory": given.memory, "prompt": given.prompt, "weights": given.weights}
+        return carry, hidden, {**out, "summary": summaries}
 
     def _step(self, carry: State, read: Part, summary: Array | None) -> tuple[State, Read]:
         """Read one part of one segment in each row; the queue has forgotten what it is to forget."""
