@@ -14,6 +14,7 @@ import contextlib
 import dataclasses
 import math
 import statistics
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -26,7 +27,10 @@ from benchmarks import machine, memory_report
 from benchmarks.results_file import write
 from benchmarks.timing import Stopwatch
 from layers.attention import AttentionConfig
+from layers.beacon_ratios import BeaconConfig
 from layers.cca import CCAConfig
+from models.beacon import BeaconLM
+from models.beacon_config import BeaconLMConfig
 from models.config import LMConfig
 from models.functional import Functional
 from models.hmt import HMT
@@ -82,10 +86,23 @@ def _hmt_loss(model: HMT, batch: Any) -> jax.Array:
     return jnp.moveaxis(nll, 0, 1).reshape(rows, length)
 
 
+def _beacon(rngs: nnx.Rngs) -> BeaconLM:
+    fields = {field.name: getattr(BACKBONE, field.name) for field in dataclasses.fields(LMConfig)}
+    beacon = BeaconConfig(window=1024, ratios=(8,), mix="sequence", eval_ratios=(8,))
+    return BeaconLM(BeaconLMConfig(**fields, beacon=beacon), rngs=rngs)
+
+
+def _beacon_loss(model: BeaconLM, batch: Any) -> jax.Array:
+    """The single pass over all windows."""
+    hidden, _, _ = model(batch["tokens"], segment_ids=batch["segment_ids"], deterministic=False)
+    return chunked_cross_entropy(model, hidden, batch["targets"])[0]
+
+
 MODELS: dict[str, Method] = {
     "attention": Method(lambda rngs: LM(BACKBONE, rngs=rngs)),
     "cca": Method(_cca),
     "hmt": Method(_hmt, _hmt_loss),
+    "beacon": Method(_beacon, _beacon_loss),
 }
 METHOD = (
     "One row. Prompts in pieces as generation reads them, after which tokens are decoded greedily, "
@@ -289,14 +306,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         plan = dataclasses.replace(plan, lengths=(4096, 8192), repeats=1)
     if given.lengths:
         plan = dataclasses.replace(plan, lengths=tuple(int(n) for n in given.lengths.split(",")))
-    if wrong := [n for n in plan.lengths if n % (plan.piece * plan.sequence)]:
-        parser.error(f"--lengths: {wrong[0]} is no multiple of {plan.piece * plan.sequence}")
+    unit = plan.piece if plan.sequence == 1 else 16 * plan.sequence
+    if wrong := [n for n in plan.lengths if n % unit]:
+        parser.error(f"--lengths: {wrong[0]} is no multiple of {unit}")
     if given.repeats is not None:
         plan = dataclasses.replace(plan, repeats=given.repeats)
     if plan.sequence > 1:
         plan = dataclasses.replace(plan, repeats=0)
         jax.config.update("jax_num_cpu_devices", plan.sequence)
-    console, described = Console(), machine.describe()
+    console = Console(width=None if sys.stdout.isatty() else 160)  # a file is as wide as the tables
+    described = machine.describe()
     with console.status("starting") as status:
         records = run(plan, status.update)
     found = results(plan, records, described)
