@@ -146,14 +146,11 @@ def lay_out(
     begin = jnp.where(both.window > 0, config.sinks + both.before, 0)
     memory = config.sinks + beacons.before + beacons.order
 
-    # Caches hold the document of the last real token; one of the two is of its unfinished window only.
-    ended = raw.segment.max(axis=1)
-    kept = (both.segment == ended[:, None]) & (both.segment != 0)
-    tokens = jnp.where(ended > 1, 0, start) + kept[:, :length].sum(axis=1, dtype=jnp.int32)
+    tokens, kept = _kept(both.segment, length, start)
     sink = kept[:, :length] & (raw.window == 0) & (raw.token < config.sinks)
     memory_slot = [jnp.where(sink, raw.token, NOWHERE), jnp.where(kept[:, length:], memory, NOWHERE)]
     unfinished = kept & (both.window == (tokens // config.window)[:, None])
-    if not config.interleaved:  # nobody looks for beacons there
+    if not config.interleaved:  # no raw token looks for beacons there
         unfinished &= is_beacon == 0
     return BeaconContext(
         positions=begin + slot,
@@ -203,6 +200,16 @@ def _beacon_places(config: BeaconConfig, raw: _Places, emitted: Int[Array, "B L"
     if config.variant == "full-coverage":  # several after one token
         order = number - jnp.take_along_axis(upto - emitted, owner, axis=1)
     return after._replace(segment=jnp.where(number < upto[:, -1:], after.segment, 0), order=order)
+
+
+def _kept(
+    segment: Int[Array, "B S"], length: int, start: Int[Array, " B"]
+) -> tuple[Int[Array, " B"], Bool[Array, "B S"]]:
+    """Raw tokens so far of the document that a piece ends with, and which slots are its own."""
+    last = segment[:, :length].max(axis=1)
+    own = (segment == last[:, None]) & (segment != 0)
+    begun = jnp.where(last > 1, 0, start)
+    return begun + own[:, :length].sum(axis=1, dtype=jnp.int32), own
 
 
 def _ends(segment: Int[Array, "B L"], number: Int[Array, "B L"]) -> Int[Array, "B L"]:
