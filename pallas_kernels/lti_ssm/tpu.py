@@ -19,7 +19,7 @@ from pallas_kernels.lti_ssm.compact import compact, permute
 from pallas_kernels.lti_ssm.tpu_backward import backward
 from pallas_kernels.lti_ssm.tpu_forward import forward
 from pallas_kernels.lti_ssm.tpu_plan import (
-    MAX_BATCH,
+    MAX_BATCH_STATES,
     MAX_STATES,
     Plan,
     Resets,
@@ -28,7 +28,7 @@ from pallas_kernels.lti_ssm.tpu_plan import (
     resets,
     to_rows,
 )
-from pallas_kernels.mosaic import SUBLANES
+from pallas_kernels.mosaic import LANES, SUBLANES
 
 
 def lti_ssm(
@@ -57,10 +57,14 @@ def unsupported(u, log_A, B, C, initial_state, segment_ids) -> str | None:
     for name, t in (("u", u), ("log_A", log_A), ("B", B), ("C", C), ("initial_state", initial_state)):
         if t.dtype not in (jnp.float32, jnp.complex64):
             return f"{name} is {t.dtype}, and TPU kernels compute in float32; cast it to float32 or complex64"
-    if u.shape[0] > MAX_BATCH:
-        return f"a batch of {u.shape[0]} rows is above {MAX_BATCH}, what fast memory holds; split it"
-    if log_A.shape[1] > MAX_STATES:
-        return f"N = {log_A.shape[1]} states are above {MAX_STATES}, what fast memory holds; lower N"
+    batch, d_state = u.shape[0], log_A.shape[1]
+    if d_state > MAX_STATES:
+        return f"N = {d_state} states are above {MAX_STATES}, what fast memory holds; lower N"
+    if batch * max(d_state, LANES // 2) > MAX_BATCH_STATES:
+        return (
+            f"{batch} rows of {d_state} states are above {MAX_BATCH_STATES} states in all, what fast memory "
+            "holds; split the batch"
+        )
     return None
 
 

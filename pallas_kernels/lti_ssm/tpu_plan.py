@@ -20,7 +20,8 @@ from pallas_kernels import mosaic, tuning
 from pallas_kernels.mosaic import LANES, SUBLANES, MiB
 
 VMEM_LIMIT_BYTES = 48 * MiB
-MAX_BATCH, MAX_STATES = 1024, 512  # what fits with room to spare: one chunk of all rows, the tables
+# What fits with room to spare: states of one channel, as table columns and as rows of a batch.
+MAX_STATES, MAX_BATCH_STATES = 512, 2**16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,14 +123,16 @@ def make_plan(u: tuple[int, ...], d_state: int, packed: bool, interpret: mosaic.
     half = d_state if interpret else -(-d_state // (LANES // 2)) * (LANES // 2)
     shape = {"B": batch, "L": length, "H": heads, "N": d_state}
     rows = max(SUBLANES, 512 * LANES // max(2 * half, LANES))
-    sizes = tuning.blocks("lti_ssm", shape, jnp.float32, {"chunk": LANES, "rows": rows, "heads": 4})
+    together = min(4 * LANES // max(2 * half, LANES), 2048 // max(rows, batch))
+    default = {"chunk": LANES, "rows": rows, "heads": max(1, together)}
+    sizes = tuning.blocks("lti_ssm", shape, jnp.float32, default)
     tile = SUBLANES if interpret else LANES
     chunk = min(-(-sizes["chunk"] // tile) * tile, -(-length // tile) * tile)
     chunks = -(-length // chunk)
-    together = 1 if interpret else SUBLANES // math.gcd(batch, SUBLANES)  # chunks in whole tiles
+    aligned = 1 if interpret else SUBLANES // math.gcd(batch, SUBLANES)  # chunks in whole tiles
     blocks = -(-chunks * batch // max(sizes["rows"], batch))
     block_chunks = -(-chunks // blocks)
-    block_chunks += -block_chunks % together
+    block_chunks += -block_chunks % aligned
     block = next(k for k in range(min(heads, sizes["heads"]), 0, -1) if heads % k == 0)
     tail = packed or length % chunk != 0
     return Plan(batch, heads, 2 * half, chunk, chunks, block_chunks, block, packed, tail, interpret)

@@ -100,6 +100,9 @@ def test_what_it_does_not_take_is_named():
     many = inputs("diagonal", length=2, d_state=600)
     with pytest.raises(ValueError, match="N = 600 states are above 512, what fast memory holds; lower N. Or"):
         lti_ssm(**many, implementation="interpret")
+    u, log_A = jax.ShapeDtypeStruct((3000, 2, 1), jnp.float32), jax.ShapeDtypeStruct((1, 8), jnp.complex64)
+    reason = tpu.unsupported(u, log_A, log_A, log_A, log_A, None)
+    assert reason is not None and "3000 rows of 8 states are above 65536 states in all" in reason
     with jax.enable_x64(True):
         wide = {
             name: t.astype(f"{t.dtype.kind}{2 * t.dtype.itemsize}") for name, t in inputs("diagonal").items()
