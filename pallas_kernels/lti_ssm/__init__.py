@@ -89,8 +89,8 @@ def lti_ssm_dense(
     """x_t = A x_{t-1} + B u_t,  y_t = C x_t, with any real matrix A for each of H channels.
 
     For S4, whose transition (diagonal plus low rank) couples a state with its conjugate: half of the
-    conjugate pairs, as S = N real numbers. It has no kernel of its own ("reference", "xla"): the powers of A are
-    matrices, and so is what carries a state from chunk to chunk. Everything else is as in :func:`lti_ssm`.
+    conjugate pairs, as S = N real numbers. It has no kernels ("reference", "xla"), because the powers of A are
+    matrices, which a kernel would have to read. Everything else is as in :func:`lti_ssm`.
 
     Returns:
         y [B, L, H] in the dtype of ``u``; the state after the last real token [B, H, S] in float32 or wider.
