@@ -89,7 +89,7 @@ def lti_ssm_dense(
     """x_t = A x_{t-1} + B u_t,  y_t = C x_t, with any real matrix A for each of H channels.
 
     For S4, whose transition (diagonal plus low rank) couples a state with its conjugate: half of the
-    conjugate pairs, as S = N real numbers. It has no kernels ("reference", "xla"), because the powers of A are
+    conjugate pairs, as S = N real numbers. It has no kernels ("reference", "xla"): the powers of A are
     matrices, which a kernel would have to read. Everything else is as in :func:`lti_ssm`.
 
     Returns:
