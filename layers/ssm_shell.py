@@ -148,7 +148,7 @@ class LinearSSM(nnx.Module):
         ids, length = ctx.segment_ids, u.shape[1]
         whole = ids is None or ctx.right_padded
         if state is None and whole and length > 1 and spmd.sequence_parts() == 1:
-            # On TPU XLA's FFT moves 4 (S4) to 30 times the bytes of the recurrence: matrix products there.
+            # On TPU XLA's FFT moves many times the bytes of the recurrence (4 for S4): matrix products there.
             walk = functools.partial(self._walked, u, None, ids)
             convolve = functools.partial(self._convolved, u, ids)
             return jax.lax.platform_dependent(tpu=lambda: walk()[0], default=convolve), None

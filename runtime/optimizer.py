@@ -248,7 +248,9 @@ def _row(config: OptimConfig, path: str, shape: tuple[int, ...], role: str) -> G
     if algorithm != "frozen":
         peak = peak * group.lr_factor if group.lr is None else group.lr
         decay = decay if group.weight_decay is None else group.weight_decay
-    return GroupRow(path, shape, role, name, algorithm, peak, peak / config.lr, decay)
+    over_nothing = math.inf if peak else 1.0
+    factor = peak / config.lr if config.lr else over_nothing
+    return GroupRow(path, shape, role, name, algorithm, peak, factor, decay)
 
 
 def _matrix_axes(names: Sequence[str | None], row: GroupRow) -> optax.contrib.MuonDimensionNumbers:

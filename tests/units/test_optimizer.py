@@ -223,3 +223,13 @@ def test_fields_are_overridden_by_flags_with_their_types():
     check_optim(config, 10)
     with pytest.raises(flags.IllegalFlagValueError):
         parse(["--optim.accumulation=many"], OptimConfig())
+
+
+def test_a_rate_of_zero_trains_nothing_and_has_a_table():
+    config = OptimConfig(
+        lr=0.0, weight_decay=0.0, groups={"dynamics": GroupConfig(lr=1e-3)}, schedule=CONSTANT
+    )
+    rows = group_table(config, ROLES, AXES, tree(0))
+    assert {row.lr_factor for row in rows} == {1.0, math.inf} and format_table(rows)
+    moved = {row.group for row in rows if row.lr}
+    assert moved == {"dynamics"}
