@@ -257,7 +257,7 @@ def test_a_failing_probe_is_recorded_and_the_others_run(opened, tmp_path, monkey
     assert json.loads((tmp_path / "4" / "odd.json").read_text()) == fine
 
     monkeypatch.setitem(PROBES, "odd", Odd)
-    monkeypatch.setattr(run, "open_run", lambda workdir, step: opened)
+    monkeypatch.setattr(run, "open_run", lambda workdir, step, config: opened)
     command = [f"--workdir={opened.workdir}", f"--out={tmp_path}", "--probes=odd"]
     with pytest.raises(SystemExit, match="1"):
         run.main([*command, "--set=odd.way=fails"])
