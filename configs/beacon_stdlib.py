@@ -3,8 +3,8 @@
 Command: ``python train.py --config=configs/lm_stdlib.py:attention --workdir=runs/attention``, then
     ``python train.py --config=configs/beacon_stdlib.py:runs/attention --workdir=runs/beacon``
     (RUN, RUN@STEP or ``scratch``; ",WINDOW" after it sets the window, a quarter of a row if not given).
-Hardware: 2 CPU cores. Metric: not yet recorded. Compare with the backbone, ``eval_ratios=(0,)``, and with
-texts of one window.
+Hardware: 2 CPU cores. Metric: validation bits per byte 1.890 (seed 0: worse than truncation, RESULTS.md).
+Compare with the backbone, ``eval_ratios=(0,)``, and with texts of one window: ``--probes=condensing``.
 
 Beacons alone are trained on a run (a quarter of its steps, new ratios for every window); from scratch all is.
 """
