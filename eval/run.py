@@ -93,7 +93,7 @@ def watch(
         for step in sorted(set(steps) - seen):
             seen.add(step)
             directory = results_directory(workdir, out) / str(step)
-            missing = [probe for probe in probes if not _is_done(probe, directory)]
+            missing = [probe for probe in probes if not is_done(probe, directory)]
             if not missing:
                 say(f"step {step}: already examined")
                 continue
@@ -113,6 +113,15 @@ def watch(
 def results_directory(workdir: epath.PathLike, out: epath.PathLike | None = None) -> epath.Path:
     """Where results lie, in folders named by steps."""
     return epath.Path(workdir) / "eval" if out is None else epath.Path(out)
+
+
+def is_done(probe: Probe, directory: epath.Path) -> bool:
+    """Whether ``directory``, of a step, has a result of ``probe`` with its settings, without an error."""
+    try:
+        record = json.loads((directory / f"{probe.name}.json").read_text())
+    except (OSError, ValueError):
+        return False
+    return "error" not in record and record.get("settings") == _settings(probe)
 
 
 def summary(records: Sequence[Record]) -> Table:
@@ -176,14 +185,6 @@ def _open_next(workdir: epath.PathLike, step: int, before: OpenRun | None) -> Op
 def _steps(workdir: epath.PathLike) -> list[int]:
     with Checkpoints(workdir) as checkpoints:
         return checkpoints.steps()
-
-
-def _is_done(probe: Probe, directory: epath.Path) -> bool:
-    try:
-        record = json.loads((directory / f"{probe.name}.json").read_text())
-    except (OSError, ValueError):
-        return False
-    return "error" not in record and record.get("settings") == _settings(probe)
 
 
 def _settings(probe: Probe) -> dict[str, Any]:
