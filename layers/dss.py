@@ -144,5 +144,8 @@ class DSS(LinearSSM):
         scale = jnp.exp((1 - self.config.max_kernel_length) * jnp.where(growing, log_A, 0))
         return self._diagonal(u, log_A, scale, W[side], side, state, segment_ids)
 
+    def log_eigenvalues(self) -> Complex[Array, "H N"]:
+        return self.discrete().log_A
+
     def state_shape(self) -> tuple[int, ...]:
         return self.d_model, self.config.d_state, 2

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from layers.dynamics import Dynamics
 from layers.mamba2 import ConvWeights, init_dt_bias
 from layers.param import Initializer, Linear, param, uniform_fan_in
 from layers.types import Context, State
@@ -101,35 +102,48 @@ class Mamba(nnx.Module):
     def __call__(
         self, x: Float[Array, "B L D"], state: State | None, ctx: Context
     ) -> tuple[Float[Array, "B L D"], State | None]:
-        c = self.config
         before = ctx.carried(state) or {"conv": None, "ssm": None}
         z = self.in_z(x)
-        x, tail = causal_conv1d(
-            self.in_x(x),
-            self.conv.weight[...],
-            self.conv.bias_or_none(),
-            initial_state=before["conv"],
-            segment_ids=ctx.segment_ids,
-            activation="silu",
-            implementation=c.implementation,
-        )
-        bias = self.dt_bias[...]
+        x, tail = self._convolve(x, before["conv"], ctx)
         y, final = selective_scan(
             x,
-            jax.nn.softplus(self.dt(self.to_dt(x)).astype(bias.dtype) + bias),
-            -jnp.exp(self.A_log[...]),
-            self.to_B(x),
-            self.to_C(x),
+            *self._select(x),
             self.D[...],
             initial_state=before["ssm"],
             segment_ids=ctx.segment_ids,
-            implementation=c.implementation,
+            implementation=self.config.implementation,
         )
         y = self.out(y * jax.nn.silu(z))
         if state is None:
             return y, None
         after = {"conv": tail, "ssm": final}
         return y, jax.tree.map(lambda new, old: new.astype(old.dtype), after, state)
+
+    def dynamics(self, x: Float[Array, "B L D"], state: State | None, ctx: Context) -> Dynamics:
+        """What the scan runs on (``layers.dynamics.Selective``)."""
+        before = ctx.carried(state) or {"conv": None}
+        x, _ = self._convolve(x, before["conv"], ctx)
+        dt, A, B, C = self._select(x)
+        dt = dt if ctx.segment_ids is None else jnp.where((ctx.segment_ids != 0)[..., None], dt, 0)
+        return Dynamics(x[..., None], dt, A, B[:, :, None], C[:, :, None])
+
+    def _convolve(self, x: Array, tail: Array | None, ctx: Context) -> tuple[Array, Array]:
+        """What the scan reads [B, L, E], and the inputs [B, K-1, E] that the next token needs."""
+        return causal_conv1d(
+            self.in_x(x),
+            self.conv.weight[...],
+            self.conv.bias_or_none(),
+            initial_state=tail,
+            segment_ids=ctx.segment_ids,
+            activation="silu",
+            implementation=self.config.implementation,
+        )
+
+    def _select(self, x: Float[Array, "B L E"]) -> tuple[Array, Array, Array, Array]:
+        """dt [B, L, E], A [E, N], B and C [B, L, N]."""
+        bias = self.dt_bias[...]
+        dt = jax.nn.softplus(self.dt(self.to_dt(x)).astype(bias.dtype) + bias)
+        return dt, -jnp.exp(self.A_log[...]), self.to_B(x), self.to_C(x)
 
     def flops_per_token(self, length: int) -> float:
         """Projections, convolution, and 6 operations a state: dt A, decay, input, output."""

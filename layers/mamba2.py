@@ -9,10 +9,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from layers.dynamics import Dynamics
 from layers.norm import RMSNorm
 from layers.param import Initializer, Linear, param, uniform_fan_in
 from layers.types import Context, State
-from pallas_kernels.mamba2 import Form, Inputs, Weights, gated_ssd
+from pallas_kernels.mamba2 import Form, Inputs, Weights, gated_ssd, unfused
 
 
 @dataclasses.dataclass
@@ -126,7 +127,7 @@ class Mamba2(nnx.Module):
         c = self.config
         before = ctx.carried(state) or {"conv": {"x": None, "B": None, "C": None}, "ssm": None}
         y, tails, final = gated_ssd(
-            Inputs(z=self.in_z(x), dt=self.in_dt(x), x=self.in_x(x), B=self.in_B(x), C=self.in_C(x)),
+            self.inputs(x),
             self.weights(),
             self.form(x.shape[1]),
             conv_state=before["conv"],
@@ -138,6 +139,22 @@ class Mamba2(nnx.Module):
             return self.out(y), None
         after = {"conv": tails, "ssm": final}
         return self.out(y), jax.tree.map(lambda new, old: new.astype(old.dtype), after, state)
+
+    def dynamics(self, x: Float[Array, "B L D"], state: State | None, ctx: Context) -> Dynamics:
+        """What the SSD runs on (``layers.dynamics.Selective``)."""
+        before = (ctx.carried(state) or {"conv": dict.fromkeys(unfused.NAMES)})["conv"]
+        inputs, weights, ids = self.inputs(x), self.weights(), ctx.segment_ids
+        mixed, _ = unfused.convolve(inputs, weights, before, ids, unfused.NAMES, self.config.implementation)
+        dt = unfused.step_sizes(inputs, weights, self.form(x.shape[1]))
+        dt = dt if ids is None else jnp.where((ids != 0)[..., None], dt, 0)
+        heads, groups = (self.heads, -1), (self.config.n_groups, -1)
+        split = {"x": heads, "B": groups, "C": groups}
+        xs, B, C = (mixed[name].reshape(*x.shape[:2], *shape) for name, shape in split.items())
+        return Dynamics(xs, dt, weights.A[:, None], B, C)
+
+    def inputs(self, x: Float[Array, "B L D"]) -> Inputs:
+        """The projections of ``x``."""
+        return Inputs(z=self.in_z(x), dt=self.in_dt(x), x=self.in_x(x), B=self.in_B(x), C=self.in_C(x))
 
     def weights(self) -> Weights:
         """What the op takes besides the projections."""

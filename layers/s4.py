@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Complex, Float, Int
 
 from layers import dplr, hippo
 from layers.param import Initializer, param, uniform_fan_in
@@ -136,6 +136,11 @@ class S4(LinearSSM):
             reverse=side == 1,
             implementation=self.config.implementation,
         )
+
+    def log_eigenvalues(self) -> Complex[Array, "H N"]:
+        A, _ = dplr.discretize(self.system())
+        # On the host: accelerators have no eigenvalues of matrices that are not symmetric.
+        return jnp.asarray(np.log(np.linalg.eigvals(np.asarray(A)).astype(np.complex64)))
 
     def state_shape(self) -> tuple[int, ...]:
         return self.d_model, self.config.d_state

@@ -136,5 +136,8 @@ class S4D(LinearSSM):
         log_A, B, C = self.discrete()
         return self._diagonal(u, log_A, B, C[side], side, state, segment_ids)
 
+    def log_eigenvalues(self) -> Complex[Array, "H N"]:
+        return self.discrete().log_A
+
     def state_shape(self) -> tuple[int, ...]:
         return self.d_model, self.config.stored, 2

@@ -171,6 +171,25 @@ class S5(nnx.Module):
         s = (2 * s if c.conj_sym else s) + self.D[...] * u.astype(wide)
         return s.astype(u.dtype), as_pairs(final)
 
+    def log_eigenvalues(self) -> Complex[Array, "P 1"]:
+        """Of the step from token to token (``layers.dynamics.TimeInvariant``); every state is a head."""
+        return jnp.log(self._discrete()[0])[:, None]
+
+    def response(self, length: int) -> Float[Array, "1 L"]:
+        """Frobenius norm of K_l = Re(C Lambda_bar^l B_bar), doubled with ``conj_sym``: one head.
+
+        |Re Z|^2 = (|Z|^2 + Re sum Z^2) / 2, which takes Gram matrices of C and B and no [D, D] matrix a lag.
+        """
+        decay, gain = self._discrete()
+        C, B = as_complex(self.C[...])[0], gain[:, None] * as_complex(self.B[...])
+        powers = decay ** jnp.arange(length)[:, None]
+        sizes = [
+            jnp.einsum("lp,pq,lq->l", powers, (C.T @ other_C) * (B @ other_B.T), other_powers).real
+            for other_C, other_B, other_powers in ((C.conj(), B.conj(), powers.conj()), (C, B, powers))
+        ]
+        size = jnp.sqrt(jnp.maximum(sum(sizes), 0) / 2)
+        return (2 if self.config.conj_sym else 1) * size[None]
+
     def _discrete(self) -> tuple[Complex[Array, " P"], Complex[Array, " P"]]:
         """Lambda_bar, and what B is multiplied by: zero-order hold or the bilinear transform."""
         Lambda = self.Lambda[...]

@@ -53,10 +53,10 @@ class LinearSSMConfig:
 class LinearSSM(nnx.Module):
     """A sequence mixer around a linear system of each feature; a subclass gives the system.
 
-    It has ``kernel``, ``recurrence`` and ``state_shape``. Whole sequences of one segment, padded on the right
-    or not, are convolved by FFT; with a state, with packed documents, where time is sharded, and on TPU, the
-    recurrence runs. Outputs of the FFT depend on later inputs by rounding errors: ``exact_causality`` is
-    False.
+    It has ``kernel``, ``recurrence``, ``log_eigenvalues`` and ``state_shape``. Whole sequences of one
+    segment, padded on the right or not, are convolved by FFT; with a state, with packed documents, where
+    time is sharded, and on TPU, the recurrence runs. Outputs of the FFT depend on later inputs by rounding
+    errors: ``exact_causality`` is False.
     """
 
     exact_causality = False
@@ -121,6 +121,14 @@ class LinearSSM(nnx.Module):
             implementation=self.config.implementation,
         )
         return y, as_pairs(after)
+
+    def log_eigenvalues(self) -> Complex[Array, "H N"]:
+        """Of the step from token to token (``layers.dynamics.TimeInvariant``)."""
+        raise NotImplementedError
+
+    def response(self, length: int) -> Float[Array, "H L"]:
+        """|K_l| of every feature (``layers.dynamics.TimeInvariant``)."""
+        return jnp.abs(self.kernel(length)[0])
 
     def state_shape(self) -> tuple[int, ...]:
         """Shape of the state of one row."""
