@@ -2,6 +2,7 @@
 
 # No ``from __future__ import annotations`` here: command-line overrides read the field types at run time.
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -106,13 +107,12 @@ class Attention(nnx.Module):
     def __call__(
         self, x: Float[Array, "B L D"], state: State | None, ctx: Context
     ) -> tuple[Float[Array, "B L D"], State | None]:
-        q, k, v = self._project(x, ctx)
         if state is None:
-            mask = Mask(self.causal, self.config.window)
-            y = self._attend(q, [Source(k, v, kv_segment_ids=ctx.segment_ids, mask=mask)], ctx)
-            return self._merge_heads(y), None
+            v, mix = self.mixing(x, ctx)
+            return self._merge_heads(mix(v)), None
         if not self.causal:
             raise ValueError("attention.causal=False: a bidirectional layer takes no state")
+        q, k, v = self._project(x, ctx)
         before = state["length"] if ctx.continues is None else jnp.where(ctx.continues, state["length"], 0)
         after = self._write(state, before, k, v, ctx)
         if x.shape[1] == 1:
@@ -120,6 +120,14 @@ class Attention(nnx.Module):
         else:
             y = self._attend(q, self._cache_and_piece(state, before, k, v, ctx), ctx)
         return self._merge_heads(y), after
+
+    def mixing(
+        self, x: Float[Array, "B L D"], ctx: Context
+    ) -> tuple[Float[Array, "B L K E"], Callable[[Array], Array]]:
+        """Values of whole documents, and the output of the heads [B, L, H, E], a linear function of them."""
+        q, k, v = self._project(x, ctx)
+        mask = Mask(self.causal, self.config.window)
+        return v, lambda v: self._attend(q, [Source(k, v, kv_segment_ids=ctx.segment_ids, mask=mask)], ctx)
 
     def cache_room(self, state: State) -> Int[Array, " B"] | None:
         """Tokens that still fit, negative where some were lost; None for a window, which takes any number."""

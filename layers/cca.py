@@ -7,7 +7,7 @@ other.
 
 # No ``from __future__ import annotations`` here: command-line overrides read the field types at run time.
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -120,10 +120,10 @@ class CoreContextAttention(Attention):
     def __call__(
         self, x: Float[Array, "B L D"], state: State | None, ctx: Context
     ) -> tuple[Float[Array, "B L D"], State | None]:
-        q, k, v = self._heads(x)
-        piece = Piece(self._rotate(q, ctx.positions), self._rotate(k, ctx.positions), v, k)
         if state is None:
-            return self._merge_heads(self._one_pass(piece, ctx)), None
+            v, mix = self.mixing(x, ctx)
+            return self._merge_heads(mix(v)), None
+        piece = self._piece(x, ctx)
         before = state["length"] if ctx.continues is None else jnp.where(ctx.continues, state["length"], 0)
         if x.shape[1] == 1:
             cores = self._complete_group(state, before, piece, _ids(piece, ctx) != 0, ctx)
@@ -132,6 +132,12 @@ class CoreContextAttention(Attention):
         else:
             y, after = self._next_piece(state, before, piece, ctx)
         return self._merge_heads(y), after
+
+    def mixing(
+        self, x: Float[Array, "B L D"], ctx: Context
+    ) -> tuple[Float[Array, "B L K E"], Callable[[Array], Array]]:
+        piece = self._piece(x, ctx)
+        return piece.v, lambda v: self._one_pass(piece._replace(v=v), ctx)
 
     def cache_room(self, state: State) -> Int[Array, " B"]:
         """Tokens that still fit, negative where some were lost."""
@@ -146,6 +152,10 @@ class CoreContextAttention(Attention):
         seen = (length + 1) / 2 - (c.group_size - 1) * cores
         projections = 2.0 * self.d_model * width * (2 * heads + 2 * self.kv_heads)
         return projections + 4.0 * heads * width * seen + 2.0 * width * (heads + 2 * self.core_heads)
+
+    def _piece(self, x: Array, ctx: Context) -> Piece:
+        q, k, v = self._heads(x)
+        return Piece(self._rotate(q, ctx.positions), self._rotate(k, ctx.positions), v, k)
 
     def _one_pass(self, piece: Piece, ctx: Context) -> Array:
         """Whole documents."""
