@@ -1,7 +1,8 @@
 """Examine a checkpoint: ``python -m eval.run --workdir=RUN [--step=N] [--probes=bits_per_byte,...]``.
 
-Each probe leaves RUN/eval/STEP/NAME.json and a picture beside it. With ``--watch`` every new checkpoint of a
-run in training is examined as it appears. The probes are in ``eval/probes``.
+Each probe leaves RUN/eval/STEP/NAME.json, a picture beside it, and NAME.npz if it has long arrays. With
+``--watch`` every new checkpoint of a run in training is examined as it appears. The probes are in
+``eval/probes``.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ Record = dict[str, Any]  # one NAME.json
 def examine(
     opened: OpenRun, probes: Sequence[Probe], out: epath.PathLike | None = None, say: Say = print
 ) -> list[Record]:
-    """Run every probe and write its record and picture; one that fails does not keep the others from running.
+    """Run every probe and write what it leaves; one that fails does not keep the others from running.
 
     Args:
         out: where to, in a folder named by the step; None for the run's own ``eval``.
@@ -54,9 +55,10 @@ def examine(
     directory.mkdir(parents=True, exist_ok=True)
     records = []
     for probe in probes:
-        record, picture = _run(probe, opened, say)
+        record, files = _run(probe, opened, say)
         replace_text(directory / f"{probe.name}.json", json.dumps(record, indent=1) + "\n")
-        _replace_picture(directory / f"{probe.name}.png", picture)
+        for suffix, content in files.items():
+            _replace_file(directory / f"{probe.name}.{suffix}", content)
         for problem in ("error", "not_applicable"):
             if problem in record:
                 say(f"{probe.name}: {problem.replace('_', ' ')}: {record[problem]}")
@@ -135,9 +137,9 @@ def summary(records: Sequence[Record]) -> Table:
     return table
 
 
-def _run(probe: Probe, opened: OpenRun, say: Say) -> tuple[Record, bytes]:
-    """The record and the picture (empty for none) of one probe, whatever happens in it."""
-    picture, begin = io.BytesIO(), time.perf_counter()
+def _run(probe: Probe, opened: OpenRun, say: Say) -> tuple[Record, dict[str, bytes]]:
+    """The record of one probe and its other files by suffix (empty for none), whatever happens in it."""
+    picture, arrays, begin = io.BytesIO(), io.BytesIO(), time.perf_counter()
     record: Record = {
         "probe": probe.name,
         "config": opened.config.name,
@@ -154,6 +156,8 @@ def _run(probe: Probe, opened: OpenRun, say: Say) -> tuple[Record, bytes]:
             "numbers": _plain(result.numbers),
             "curves": {name: _plain(dataclasses.asdict(curve)) for name, curve in result.curves.items()},
         }
+        if result.arrays:
+            np.savez_compressed(arrays, **result.arrays)  # type: ignore[arg-type]  # one is a name of its own
         if figure := probe.plot(result):
             figure.savefig(picture, format="png")
     except NotApplicable as reason:
@@ -161,16 +165,17 @@ def _run(probe: Probe, opened: OpenRun, say: Say) -> tuple[Record, bytes]:
     except Exception as error:  # whatever it is, the other probes can still run
         record["error"] = f"{type(error).__name__}: {error}"
         record["traceback"] = traceback.format_exception(error, limit=-5)
-    return {**record, "seconds": round(time.perf_counter() - begin, 3)}, picture.getvalue()
+    seconds = round(time.perf_counter() - begin, 3)
+    return {**record, "seconds": seconds}, {"png": picture.getvalue(), "npz": arrays.getvalue()}
 
 
-def _replace_picture(path: epath.Path, picture: bytes) -> None:
-    """Write it as a whole; without one, remove that of an earlier result."""
-    if not picture:
+def _replace_file(path: epath.Path, content: bytes) -> None:
+    """Write it as a whole; without any, remove that of an earlier result."""
+    if not content:
         path.unlink(missing_ok=True)
         return
     temporary = path.parent / f"{path.name}.tmp"
-    temporary.write_bytes(picture)
+    temporary.write_bytes(content)
     temporary.replace(path)
 
 
