@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from layers.types import State
 from models.lm import LM
@@ -56,6 +56,21 @@ def chunked_cross_entropy(
     Raises:
         ValueError: ``chunks`` does not divide L.
     """
+    nll, log_z = _in_pieces(_cross_entropy, lm, hidden, targets, chunks)
+    return nll, log_z
+
+
+def chunked_hits(
+    lm: LM, hidden: Float[Array, "B L D"], targets: Int[Array, "B L"], chunks: int = 0
+) -> Bool[Array, "B L"]:
+    """Whether each target is the most likely token; arguments as for :func:`chunked_cross_entropy`."""
+    return _in_pieces(_hits, lm, hidden, targets, chunks)[0]
+
+
+def _in_pieces(
+    fn: Callable[..., tuple[jax.Array, ...]], lm: LM, hidden: jax.Array, targets: jax.Array, chunks: int
+) -> tuple[jax.Array, ...]:
+    """``fn(lm, hidden, targets)``, arrays [B, L], of some of the tokens at a time."""
     batch, length, _ = hidden.shape
     if chunks == 0:
         size = batch * length * lm.config.padded_vocab_size * 4
@@ -64,18 +79,19 @@ def chunked_cross_entropy(
     if length % chunks:
         raise ValueError(f"model.loss_chunks={chunks} does not divide the sequence length {length}")
     if chunks == 1:
-        return _cross_entropy(lm, hidden, targets)
+        return fn(lm, hidden, targets)
 
     # Piece j takes tokens j, j + chunks, ...: the major part of a sharded time axis stays where it is.
     def split(a: jax.Array) -> jax.Array:
         return jnp.moveaxis(a.reshape(batch, length // chunks, chunks, *a.shape[2:]), 2, 0)
 
-    body = jax.checkpoint(_cross_entropy, prevent_cse=False)
-    _, (nll, log_z) = jax.lax.scan(
-        lambda _, piece: (None, body(lm, *piece)), None, (split(hidden), split(targets))
-    )
-    merge = lambda a: jnp.moveaxis(a, 0, 2).reshape(batch, length)  # noqa: E731
-    return merge(nll), merge(log_z)
+    body = jax.checkpoint(fn, prevent_cse=False)
+    _, pieces = jax.lax.scan(lambda _, piece: (None, body(lm, *piece)), None, (split(hidden), split(targets)))
+    return tuple(jnp.moveaxis(a, 0, 2).reshape(batch, length) for a in pieces)
+
+
+def _hits(lm: LM, hidden: jax.Array, targets: jax.Array) -> tuple[jax.Array]:
+    return (jnp.argmax(lm.logits(hidden), axis=-1) == targets,)
 
 
 def _cross_entropy(lm: LM, hidden: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
