@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from etils import epath
 
 from configs.base import Experiment
-from models.loss import token_nll
+from models.loss import chunked_cross_entropy, chunked_hits, token_nll
 from objectives.types import Carry, LossAndMore
 from runtime import mesh as meshes
 from tasks.lm import LMTask
@@ -53,8 +53,22 @@ class LanguageModelling:
     def metrics(self, model: Any, batch: Mapping[str, Any], carry: Carry) -> dict[str, Mean]:
         """From an empty state, whatever is carried in training."""
         chunks, layout = self.config.model.loss_chunks, self.config.mesh.sequence_layout
+        if "marks" in batch and self.task.haystack is not None:
+            return self._answer_metrics(model, batch, chunks)
         nll, _, _ = token_nll(model, batch, chunks=chunks, sequence_layout=layout)
         return self.task.metrics({"nll": nll}, batch)
+
+    def _answer_metrics(self, model: Any, batch: Mapping[str, Any], chunks: int) -> dict[str, Mean]:
+        """With which targets are the most likely tokens."""
+        hidden, _, _ = model(
+            batch["tokens"],
+            segment_ids=batch["segment_ids"],
+            positions=batch["positions"],
+            sequence_layout=self.config.mesh.sequence_layout,
+        )
+        nll, _ = chunked_cross_entropy(model, hidden, batch["targets"], chunks)
+        hits = chunked_hits(model, hidden, batch["targets"], chunks)
+        return self.task.metrics({"nll": nll, "hits": hits}, batch)
 
     def init_carry(self, model: Any) -> Carry:
         """The mixers' empty states with ``task.carry_state``, else None."""

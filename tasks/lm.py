@@ -15,6 +15,8 @@ from jaxtyping import Array
 
 from tasks import bpe, sources
 from tasks.buckets import BucketPacker, Curriculum
+from tasks.haystack.config import HaystackConfig
+from tasks.haystack.rows import HaystackRows, answer_metrics
 from tasks.packing import Layout, Packer
 from tasks.prepared import Prepared
 from tasks.token_arrays import check_ids
@@ -36,6 +38,7 @@ class LMTaskConfig(sources.SourceConfig):
         seed: of the data order.
         eval_seq_len, eval_batch_size: for validation; None: as in training.
         eval_batches: at most this many validation batches; None: all.
+        haystack: rows of needles in text instead of text; see `tasks.haystack.config`.
     """
 
     seq_len: int = 256
@@ -49,6 +52,7 @@ class LMTaskConfig(sources.SourceConfig):
     eval_seq_len: int | None = None
     eval_batch_size: int | None = None
     eval_batches: int | None = None
+    haystack: HaystackConfig = dataclasses.field(default_factory=HaystackConfig)
 
 
 class LMTask:
@@ -102,6 +106,7 @@ class LMTask:
             self._train = Packer(self.training, layout, seed=config.seed)
         # Its own fixed seed: validation is the same whatever the seed of the run.
         self._eval = Packer(self.validation, eval_layout, seed=0, once=True)
+        self.haystack = self._make_haystack() if config.haystack.share else None
 
     @property
     def vocab_size(self) -> int:
@@ -128,12 +133,18 @@ class LMTask:
 
     def train(self, rows: slice | None = None) -> grain.MapDataset:
         """``dataset[s]`` is batch s (`tasks.types.token_batch_spec`), or its rows ``rows``; s >= 0."""
-        return self._checked(self._train.dataset(rows), "training")
+        batches = self._train.dataset(rows)
+        if self.haystack is not None:
+            batches = self.haystack.into(batches, rows, self.config.batch_size)
+        return self._checked(batches, "training")
 
     def eval_sets(self, rows: slice | None = None) -> dict[str, grain.MapDataset]:
         """``{"validation": dataset}``: every held-out target exactly once (unless ``eval_batches``
-        limits it), in a fixed shuffled order; padding has segment 0 and weight 0."""
-        return {"validation": self._checked(self._eval.dataset(rows, self.config.eval_batches), "validation")}
+        limits it), in a fixed shuffled order; padding has segment 0 and weight 0. Needles in text add
+        ``haystack_LENGTH`` for each length, of answers alone."""
+        text = self._checked(self._eval.dataset(rows, self.config.eval_batches), "validation")
+        needles = self.haystack.eval_sets(rows) if self.haystack is not None else {}
+        return {"validation": text, **needles}
 
     def loss(self, output: Mapping[str, Array], batch: Batch) -> Mean:
         """(sum of nats, number of targets), from ``output["nll"]`` float [B, L]: nats per target."""
@@ -144,7 +155,8 @@ class LMTask:
 
         The bytes are those that the targets stand for; the targets that end documents cost bits but are none.
         With planted facts, also ``answer_bits_DISTANCE``: bits per digit that was stated that many bytes
-        before; `tasks.plant.CHANCE_BITS` for a model that does not remember.
+        before; `tasks.plant.CHANCE_BITS` for a model that does not remember. Needles in text add
+        `tasks.haystack.rows.answer_metrics`.
         """
         nats, count = self.loss(output, batch)
         metrics = {"loss": (nats, count)}
@@ -158,6 +170,8 @@ class LMTask:
                 asked = batch["weights"] * (jnp.asarray(batch["marks"]) == mark)
                 nats, count = weighted_sum(output["nll"], asked)
                 metrics[f"answer_bits_{distance}"] = (nats / math.log(2), count)
+        if self.haystack is not None and "marks" in batch:
+            metrics |= answer_metrics(output, batch)
         return metrics
 
     def save_tokenizer(self, workdir: epath.PathLike) -> None:
@@ -179,6 +193,19 @@ class LMTask:
                 f"{kept} differs from {self._tokenizer_file}: the run was trained with another tokenizer; "
                 "prepare the corpus with --tokenizer set to the former, or choose another --workdir"
             )
+
+    def _make_haystack(self) -> HaystackRows:
+        c = self.config
+        for field, value in (("packing", "buckets"), ("carry_state", True)):
+            if getattr(c, field) == value:
+                raise ValueError(
+                    f"task.{field}={value!r} does not go with task.haystack.share={c.haystack.share}: its "
+                    "rows have one length and stand alone"
+                )
+        if c.plant.distances:
+            raise ValueError("task.plant.distances and task.haystack.share are both set; use one of them")
+        corpora = self.training, self.validation
+        return HaystackRows(c.haystack, self.tokenizer, corpora, c.seq_len, self.eval_shape)
 
     def _open_tokenizer(self, corpus: Prepared) -> None:
         self._tokenizer_file, self.tokenizer = corpus.tokenizer, ByteTokenizer()
