@@ -25,7 +25,10 @@ from runtime.schedule import ScheduleConfig
 from runtime.warm_start import InitConfig, source_of
 
 SEGMENTS = {"1": 2, "2": 8}  # of a row, by stage
-STEPS = {"1": 0.05, "2": 0.125}  # of the run's updates; the paper's stages are as 200 to 500
+STEPS = {
+    "1": 0.05,
+    "2": 0.125,
+}  # of the plain run's updates, known from stage 1's; the paper's are 200 to 500
 RATE = 0.1  # of the run's peak rates
 
 
@@ -63,7 +66,8 @@ def _around(before: Experiment, stage: str) -> HMTExperiment:
         config.optim.lr, config.optim.muon_lr = RATE * config.optim.lr, RATE * config.optim.muon_lr
     config.optim.accumulation = 1
     config.optim.schedule = ScheduleConfig(kind="linear", warmup_fraction=0.05, end_factor=0.5)
-    config.train.steps = max(round(STEPS[stage] * before.train.steps), 10)
+    updates = before.train.steps if plain else before.train.steps / STEPS["1"]
+    config.train.steps = max(round(STEPS[stage] * updates), 10)
     config.train.eval_every = max(config.train.steps // 4, 1)
     config.checkpoint.every = config.train.eval_every
     return config

@@ -238,6 +238,10 @@ def store(
     cache: Float[Array, "B M K E"], slot: Int[Array, "B L"], new: Float[Array, "B L K E"]
 ) -> Float[Array, "B M K E"]:
     """``cache`` with ``new`` in its slots; a slot that does not exist drops it."""
+    if slot.size == 1:
+        # Twice the same, and so still a scatter, which XLA does in place. Of a single one it makes a slice
+        # update that drops by choosing between two caches, and is done again for each who reads it.
+        slot, new = jnp.repeat(slot, 2, axis=1), jnp.repeat(new, 2, axis=1)
     rows = jnp.arange(cache.shape[0])[:, None]
     return cache.at[rows, slot].set(new.astype(cache.dtype), mode="drop")
 

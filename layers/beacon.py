@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from layers.attention import Attention, AttentionConfig
+from layers.attention import Attention, AttentionConfig, store
 from layers.beacon_ratios import BeaconConfig, beacons_of
 from layers.beacon_slots import NOWHERE, BeaconContext
 from layers.param import Initializer, Linear, uniform_fan_in
@@ -205,14 +205,10 @@ class BeaconAttention(Attention):
         """The caches after a piece."""
         if state is None:
             return None
-        rows = jnp.arange(k.shape[0])[:, None]
         places = {"memory": ctx.memory_slot, "window": ctx.window_slot}
         refuse_overflow(ctx.memory_slot, state["memory"]["k"].shape[1])
         return {
-            name: {
-                part: state[name][part].at[rows, place].set(new.astype(state[name][part].dtype), mode="drop")
-                for part, new in (("k", k), ("v", v))
-            }
+            name: {part: store(state[name][part], place, new) for part, new in (("k", k), ("v", v))}
             for name, place in places.items()
         }
 

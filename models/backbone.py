@@ -88,16 +88,17 @@ class Run(nnx.Module):
             stacked = nnx.vmap(build, transform_metadata={nnx.PARTITION_NAME: "layers"})
             self.layers = nnx.split_rngs(splits=repeats)(stacked)(rngs)
 
-    def init_state(self, batch: int, max_len: int) -> list[State]:
-        states = [layer.mixer.init_state(batch, max_len) for layer in self.layers]
-        if self.repeats == 1:
-            return states
-        return jax.tree.map(lambda s: jnp.broadcast_to(s, (self.repeats, *s.shape)), states)
+    def init_state(self, batch: int, max_len: int) -> list[list[State]]:
+        """A state for each sub-layer of each repeat, lying apart: so one token updates them in place."""
+        return [
+            [layer.mixer.init_state(batch, max_len) for layer in self.layers] for _ in range(self.repeats)
+        ]
 
     def __call__(
-        self, x: Float[Array, "B L D"], states: Sequence[State] | None, ctx: Context
-    ) -> tuple[Float[Array, "B L D"], list[State] | None]:
-        scanned = self.repeats > UNROLLED
+        self, x: Float[Array, "B L D"], states: Sequence[Any] | None, ctx: Context
+    ) -> tuple[Float[Array, "B L D"], list[Any] | None]:
+        # One token at a time is never scanned: that would copy every state into and out of a stacked array.
+        scanned = self.repeats > UNROLLED and (states is None or x.shape[1] > 1)
 
         def unit(x: jax.Array, layers: Any, states: Any) -> tuple[jax.Array, list[State]]:
             after = []
@@ -109,21 +110,24 @@ class Run(nnx.Module):
                 after.append(state)
             return x, after
 
-        if self.repeats == 1:
-            x, after = unit(x, self.layers, states)
-        elif scanned:
-            x, after = jax.lax.scan(lambda x, xs: unit(x, *xs), x, (self.layers, states))
-        else:
-            parts = []
-            for i in range(self.repeats):
-                x, part = unit(x, *jax.tree.map(lambda t, i=i: t[i], (self.layers, states)))
-                parts.append(part)
-            after = jax.tree.map(lambda *t: jnp.stack(t), *parts)
+        if scanned:
+            stacked = None if states is None else jax.tree.map(lambda *t: jnp.stack(t), *states)
+            x, stacked = jax.lax.scan(lambda x, xs: unit(x, *xs), x, (self.layers, stacked))
+            return x, None if states is None else [_at(stacked, i) for i in range(self.repeats)]
+        after = []
+        for i in range(self.repeats):
+            layers = self.layers if self.repeats == 1 else _at(self.layers, i)
+            x, part = unit(x, layers, None if states is None else states[i])
+            after.append(part)
         return x, None if states is None else after
 
 
+def _at(stacked: Any, i: int) -> Any:
+    return jax.tree.map(lambda t: t[i], stacked)
+
+
 class Backbone(nnx.Module):
-    """The runs of ``config.layers`` one after another; state is a list with one entry per run.
+    """The runs of ``config.layers`` one after another; state: of each run, of each repeat, of each sub-layer.
 
     ``kinds``: what its symbols stand for.
     """
@@ -132,12 +136,8 @@ class Backbone(nnx.Module):
         runs = patterns.runs(config.layers)
         self.runs = nnx.List([Run(unit, n, config, rngs=rngs, kinds=kinds) for unit, n in runs])
 
-    def init_state(self, batch: int, max_len: int) -> list[list[State]]:
+    def init_state(self, batch: int, max_len: int) -> list[list[list[State]]]:
         return [run.init_state(batch, max_len) for run in self.runs]
-
-    def state_batch_axes(self) -> list[int]:
-        """Axis of the batch in the state of each run: 1 where a leading axis counts repeats."""
-        return [0 if run.repeats == 1 else 1 for run in self.runs]
 
     def __call__(
         self, x: Float[Array, "B L D"], state: Sequence[Any] | None, ctx: Context

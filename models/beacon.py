@@ -74,12 +74,6 @@ class BeaconLM(LM):
             "ratios": jnp.tile(table, (batch, 1)),
         }
 
-    def state_batch_axes(self) -> State:
-        """For each leaf of the state, the axis that counts rows of the batch."""
-        plain = {"segment": 0, "position": 0}
-        axes = {"layers": super().state_batch_axes()["layers"]}
-        return axes | (plain if self.config.beacon.plain else {"segment": 0, "tokens": 0, "ratios": 0})
-
     def __call__(
         self,
         tokens: Int[Array, "B L"],

@@ -75,15 +75,6 @@ class HMT(LM):
             **{name: jnp.zeros(batch, jnp.int32) for name in ("segment", "phase", "document")},
         }
 
-    def state_batch_axes(self) -> State:
-        """For each leaf of the state, the axis that counts rows of the batch."""
-        state = jax.eval_shape(lambda: self.init_state(1, 1))
-        layers = [
-            jax.tree.map(lambda _, a=axis: a, run)
-            for axis, run in zip(self.backbone.state_batch_axes(), state["layers"])
-        ]
-        return {**jax.tree.map(lambda _: 0, state), "layers": layers}
-
     def __call__(
         self,
         tokens: Int[Array, "B L"],

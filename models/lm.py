@@ -51,15 +51,6 @@ class LM(nnx.Module):
             "position": jnp.full(batch, -1, jnp.int32),
         }
 
-    def state_batch_axes(self) -> State:
-        """For each leaf of the state, the axis that counts rows of the batch."""
-        shapes = jax.eval_shape(lambda: self.init_state(1, 1))
-        layers = [
-            jax.tree.map(lambda _, a=axis: a, run)
-            for axis, run in zip(self.backbone.state_batch_axes(), shapes["layers"])
-        ]
-        return {"layers": layers, "segment": 0, "position": 0}
-
     def __call__(
         self,
         tokens: Int[Array, "B L"],

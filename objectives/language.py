@@ -78,8 +78,8 @@ class LanguageModelling:
         return model.init_state(self.config.task.batch_size, self.config.model.attention.window or 1)
 
     def carry_axes(self, model: Any) -> Any:
-        """As `models.lm.LM.state_batch_axes`."""
-        return model.state_batch_axes() if self.config.task.carry_state else 0
+        """Every array of a model's state counts rows first."""
+        return 0
 
     def flops_per_step(self, model: Any) -> float:
         """Averaged over the lengths that rows of training batches have."""

@@ -161,10 +161,10 @@ def test_logits_and_caches_with_a_state(file):
     np.testing.assert_allclose(beacons[:, : want_beacons.shape[1]], want_beacons, atol=5e-5)
     assert len(there) >= want_beacons.shape[1]
     sinks = golden.config.beacon.sinks
-    ((attention, _),) = state["layers"]
-    for layer in range(golden.meta["layers"]):
+    (repeats,) = state["layers"]
+    for layer, (attention, _) in enumerate(repeats):
         for name in ("k", "v"):
-            memory, window = (attention[c][name][layer].swapaxes(1, 2) for c in ("memory", "window"))
+            memory, window = (attention[c][name].swapaxes(1, 2) for c in ("memory", "window"))
             held = golden.vectors[f"cache/beacon_{name}/{layer}"]
             parts = {"beacon": (memory[:, :, sinks:], held)}
             if sinks:

@@ -134,13 +134,14 @@ def test_hidden_states(golden32):
 
 def mamba_states(golden, state):
     """State of every Mamba or Mamba-2 sub-layer, in order."""
-    found = []
-    for (unit, repeats), states in zip(pattern.runs(golden.config.layers), state["layers"]):
-        for repeat in range(repeats):
-            for symbol, layer in zip(unit, states):
-                if symbol in "mM":
-                    found.append(jax.tree.map(lambda s, r=repeat: s[r], layer) if repeats > 1 else layer)
-    return found
+    runs = zip(pattern.runs(golden.config.layers), state["layers"])
+    return [
+        layer
+        for (unit, _), repeats in runs
+        for states in repeats
+        for symbol, layer in zip(unit, states)
+        if symbol in "mM"
+    ]
 
 
 def test_states_after_prefill_in_pieces(golden32):

@@ -105,11 +105,25 @@ def test_streaming_with_documents_and_padding(splits):
     np.testing.assert_array_equal(state["position"], [7, 10])
 
 
-def test_state_batch_axes_point_at_the_batch():
+def test_every_state_counts_rows_first():
     model, params = build()
-    lm = model.bind(params)
-    axes, three = lm.state_batch_axes(), jax.eval_shape(lambda: lm.init_state(3, 8))
-    assert all(s.shape[a] == 3 for a, s in zip(jax.tree.leaves(axes), jax.tree.leaves(three)))
+    three = jax.eval_shape(lambda: model.bind(params).init_state(3, 8))
+    assert all(leaf.shape[0] == 3 for leaf in jax.tree.leaves(three))
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_one_token_updates_caches_in_place(batch):
+    """Neither a copy of a cache nor a stack of several, which would grow with the context."""
+    model, params = build(dataclasses.replace(CONFIG, pattern="**"))
+
+    def steps(params, token, state):
+        lm = model.bind(params)
+        return jax.lax.scan(lambda state, _: (lm(token, state)[1], None), state, length=3)[0]
+
+    token, state = jnp.ones((batch, 1), jnp.int32), model.bind(params).init_state(batch, 4096)
+    compiled = jax.jit(steps, donate_argnums=2).lower(params, token, state).compile()
+    (cache,) = {leaf.nbytes for leaf in jax.tree.leaves(state) if leaf.size > batch * 4096}
+    assert compiled.memory_analysis().temp_size_in_bytes < cache
 
 
 @pytest.mark.parametrize("tied", [True, False])
