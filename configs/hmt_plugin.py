@@ -28,7 +28,7 @@ SEGMENTS = {"1": 2, "2": 8}  # of a row, by stage
 STEPS = {
     "1": 0.05,
     "2": 0.125,
-}  # of the plain run's updates, known from stage 1's; the paper's are 200 to 500
+}  # of the plain run's updates; the paper's are as 200 to 500
 RATE = 0.1  # of the run's peak rates
 
 
