@@ -15,9 +15,11 @@ from configs.beacon import BeaconExperiment
 from configs.classification import ClassificationExperiment
 from configs.hmt import HMTExperiment
 from configs.overrides import fields
+from configs.recall import RecallExperiment
 
 KINDS: dict[str, type[BaseExperiment]] = {
-    kind.kind: kind for kind in (Experiment, ClassificationExperiment, HMTExperiment, BeaconExperiment)
+    kind.kind: kind
+    for kind in (Experiment, ClassificationExperiment, HMTExperiment, BeaconExperiment, RecallExperiment)
 }
 
 

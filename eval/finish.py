@@ -10,7 +10,7 @@ import jax
 from etils import epath
 
 from configs.base import BaseExperiment
-from eval import classified, curves, language, report
+from eval import classified, curves, language, recalled, report
 from models.functional import Functional
 from objectives.types import Objective
 from runtime.host import peak_memory
@@ -20,6 +20,7 @@ MORE: dict[str, Callable[..., tuple[dict[str, Any], dict[str, Any]]]] = {
     "classification": classified.more,
     "hmt": language.more,
     "beacon": language.more,
+    "recall": recalled.more,
 }
 """By kind of experiment: further results, and how `eval.curves.plot_loss` is to show the run."""
 

@@ -21,14 +21,22 @@ from objectives.beacon import BeaconModelling
 from objectives.classification import Classification
 from objectives.hmt import MemoryLanguageModelling
 from objectives.language import LanguageModelling
+from objectives.recall import Recall
 from objectives.types import Objective
 
-MODELS: dict[str, Any] = {"lm": LM, "classification": Classifier, "hmt": HMT, "beacon": BeaconLM}
+MODELS: dict[str, Any] = {
+    "lm": LM,
+    "classification": Classifier,
+    "hmt": HMT,
+    "beacon": BeaconLM,
+    "recall": LM,
+}
 OBJECTIVES: dict[str, Any] = {
     "lm": LanguageModelling,
     "classification": Classification,
     "hmt": MemoryLanguageModelling,
     "beacon": BeaconModelling,
+    "recall": Recall,
 }
 
 

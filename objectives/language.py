@@ -34,7 +34,7 @@ class LanguageModelling:
                 "": task.seq_len,
                 **{prefix: length for prefix, (_, length) in self.task.shapes.items()},
             }
-            _check_groups(config, mesh, lengths)
+            check_groups(config, mesh, lengths)
         if self.task.vocab_size > config.model.vocab_size:
             raise ValueError(
                 f"model.vocab_size={config.model.vocab_size}, but task.source has ids up to "
@@ -96,7 +96,7 @@ class LanguageModelling:
         self.task.save_tokenizer(workdir)
 
 
-def _check_groups(config: Experiment, mesh: jax.sharding.Mesh, lengths: Mapping[str, int]) -> None:
+def check_groups(config: Any, mesh: jax.sharding.Mesh, lengths: Mapping[str, int]) -> None:
     """Raises ValueError, naming the field, unless groups of CCA fit into what a device has of time."""
     group, parts, layout = config.model.cca.group_size, mesh.shape["sequence"], config.mesh.sequence_layout
     unit = group * parts * meshes.PIECES[layout]

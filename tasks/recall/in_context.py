@@ -73,9 +73,8 @@ class InContextSpec:
         ids = 2 * self.keys + draws.integers(of_ids.reshape(n, pairs, 2), 0, max(self.noise_vocab, 1))
         tokens = np.where(noise[..., None], ids, np.stack([keys, self.keys + value], -1)).reshape(n, length)
         before = self._last_given(keys, noise)
-        distance = np.zeros((n, pairs, 2), np.int64)
-        distance[..., 0] = np.where((before >= 0) & ~noise, 2 * (np.arange(pairs) - before), 0)
-        distance = distance.reshape(n, length)
+        distance = np.zeros((n, length), np.int64)
+        distance[:, ::2] = np.where((before >= 0) & ~noise, 2 * (np.arange(pairs) - before), 0)
         return rows(tokens, np.where(distance > 0, np.roll(tokens, -1, axis=1), 0), distance)
 
     def chance(self, items: int) -> float:

@@ -141,7 +141,7 @@ class RepeatSpec:
     def oracle(self, tokens: Int[np.ndarray, "n L"], items: int) -> Int[np.ndarray, "n L"]:
         """What follows the n-gram in the string, and then the end, for each example of each row."""
         found = np.zeros_like(tokens)
-        dollar, bar, end, _ = self.letters + np.arange(4)
+        dollar, bar, end = self.letters, self.letters + 1, self.letters + 2
         for row, answers in zip(tokens.tolist(), found):
             for begin in [i for i, token in enumerate(row) if token == dollar]:
                 stop = row.index(end, begin)

@@ -1,0 +1,62 @@
+"""Multi-query associative recall, of a published set or small enough for a CPU.
+
+Command: ``python train.py --config=configs/mqar.py:based,mamba2 --workdir=runs/mqar_mamba2``. Sets: smoke,
+    smoke_forgetting, and those of `tasks.recall.mqar.SETS`. Models: those of `configs.recall.PATTERNS`, or a
+    pattern such as ``M-*-``.
+Hardware: 2 CPU cores for smoke (minutes); a GPU for the rest.
+Metric: validation/accuracy, over answers; by size and, with ``--config.task.slices="('size','distance')"``,
+    by distance. The papers try the learning rates below (`LEARNING_RATES`) and widths of 64 to 512.
+"""
+
+from configs.recall import RecallExperiment, experiment, parse, small_model
+from tasks.recall import RecallTaskConfig
+from tasks.recall.mqar import SETS, MQARSpec
+
+LEARNING_RATES = {
+    "zoology": (1e-4, 4.6e-4, 2.2e-3, 1e-2),
+    "based": (1e-3, 3.2e-3, 1e-2, 3.2e-2),
+    "mamba2": (3.2e-4, 3.2e-3, 1e-2),
+    "bottleneck": (1e-3,),
+}
+SMOKE = ((32, 2), (32, 4), (64, 8))
+
+
+def get_config(argument: str = "smoke,hybrid") -> RecallExperiment:
+    """Raises ValueError for an argument that is not SET[,MODEL]."""
+    name, model = parse("mqar", argument, ["smoke", "smoke_forgetting", *SETS])
+    if name.startswith("smoke"):
+        return _smoke(name, model)
+    chosen = SETS[name]
+    task = RecallTaskConfig(
+        name="mqar",
+        mqar=MQARSpec(random_non_queries=chosen.random_non_queries),
+        train_sizes=chosen.train,
+        train_rows=chosen.train_rows,
+        fresh=False,
+        eval_sizes=chosen.test,
+        eval_rows=chosen.test_rows,
+        batch_size=chosen.batch,
+        equal_tokens=False,
+    )
+    steps = chosen.epochs * sum(rows // chosen.batch for rows in chosen.train_rows)
+    task.starts = tuple(round(share * steps) for share in chosen.starts)
+    config = experiment(
+        f"mqar {name}, {model}", small_model(model, task.law.vocab_size), task, steps=steps, lr=1e-3
+    )
+    config.stop_accuracy = 0.99 if not chosen.starts else None
+    return config
+
+
+def _smoke(name: str, model: str) -> RecallExperiment:
+    """64 ids, up to 8 pairs; evaluated at more pairs and longer rows too."""
+    task = RecallTaskConfig(
+        name="mqar",
+        mqar=MQARSpec(vocab_size=64, updates=2 if "forgetting" in name else 0),
+        train_sizes=SMOKE,
+        eval_sizes=(*SMOKE, (64, 12), (128, 8)),
+        eval_rows=256,
+        batch_size=32,
+    )
+    config = experiment(f"mqar {name}, {model}", small_model(model, 64, 64), task, steps=3000, lr=3e-3)
+    config.stop_accuracy = 0.99
+    return config
