@@ -3,15 +3,20 @@
 # No ``from __future__ import annotations`` here: command-line overrides read the field types at run time.
 import dataclasses
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
+from layers.decimation import importance, kept_places
 from layers.dynamics import Dynamics
+from layers.longmamba import DtFilter, DtFilterConfig
 from layers.mamba2 import ConvWeights, init_dt_bias
 from layers.param import Initializer, Linear, param, uniform_fan_in
+from layers.polarised import check_polarised, polarised
+from layers.state_limits import take
 from layers.types import Context, State
 from pallas_kernels.causal_conv1d import causal_conv1d
 from pallas_kernels.selective_scan import selective_scan
@@ -26,6 +31,9 @@ class MambaConfig:
         dt_rank: rank of the projection to dt; None means d_model / 16, rounded up.
         dt_scale: the projection from that rank is U(-+ dt_scale / sqrt(dt_rank)) at initialisation.
         dt_min, dt_max, dt_floor: range of softplus(dt_bias) at initialisation.
+        ones, zeros: so many states more, before and after the ``d_state`` learned ones, have A = 0 and
+            A = -100 in every channel (``polarised``).
+        dt_filter: against states that are overfilled; off by default.
         implementation: of the ops, None for automatic.
     """
 
@@ -40,7 +48,15 @@ class MambaConfig:
     dt_min: float = 1e-3
     dt_max: float = 0.1
     dt_floor: float = 1e-4
+    ones: int = 0
+    zeros: int = 0
+    dt_filter: DtFilterConfig = dataclasses.field(default_factory=DtFilterConfig)
     implementation: str | None = None
+
+    @property
+    def states(self) -> int:
+        """N of a channel's state, the states that are not learned included."""
+        return self.d_state + self.ones + self.zeros
 
     def inner(self, d_model: int) -> int:
         return self.expand * d_model if self.d_inner is None else self.d_inner
@@ -66,6 +82,7 @@ class Mamba(nnx.Module):
         init: Initializer = uniform_fan_in,
         out_init: Initializer | None = None,
     ):
+        check_polarised("mamba", config.ones, config.zeros)
         self.config, self.d_model = config, d_model
         d_inner, rank, bias = config.inner(d_model), config.rank(d_model), config.proj_bias
 
@@ -76,8 +93,8 @@ class Mamba(nnx.Module):
         self.in_z = project(d_model, d_inner, ("embed", "inner"), use_bias=bias)
         self.conv = ConvWeights(d_inner, "inner", config.d_conv, config.conv_bias, rngs=rngs)
         self.to_dt = project(d_inner, rank, ("inner", None))
-        self.to_B = project(d_inner, config.d_state, ("inner", "state"))
-        self.to_C = project(d_inner, config.d_state, ("inner", "state"))
+        self.to_B = project(d_inner, config.states, ("inner", "state"))
+        self.to_C = project(d_inner, config.states, ("inner", "state"))
         bound = config.dt_scale * rank**-0.5
         self.dt = project(
             rank,
@@ -90,40 +107,68 @@ class Mamba(nnx.Module):
         A = jnp.broadcast_to(jnp.arange(1.0, config.d_state + 1), (d_inner, config.d_state))
         self.A_log = param(jnp.log(A), ("inner", "state"), "dynamics/A")
         self.D = param(jnp.ones(d_inner), ("inner",), "dynamics/D")
+        self.dt_filter = (
+            None if config.dt_filter.scale is None else DtFilter(d_inner, "inner", config.dt_filter)
+        )
         self.out = project(d_inner, d_model, ("inner", "embed"), use_bias=bias, init=out_init or init)
 
     def init_state(self, batch: int, max_len: int) -> State:
         c, d_inner = self.config, self.config.inner(self.d_model)
         return {
             "conv": jnp.zeros((batch, c.d_conv - 1, d_inner)),
-            "ssm": jnp.zeros((batch, d_inner, c.d_state)),
+            "ssm": jnp.zeros((batch, d_inner, c.states)),
         }
 
     def __call__(
         self, x: Float[Array, "B L D"], state: State | None, ctx: Context
     ) -> tuple[Float[Array, "B L D"], State | None]:
+        y, state, _ = self._call(x, state, ctx)
+        return y, state
+
+    def decimated(
+        self, x: Float[Array, "B L D"], state: State | None, ctx: Context, keep: int, tail: int
+    ) -> tuple[Float[Array, "B K D"], State | None, Int[Array, "B K"] | None]:
+        """A call whose scan reads only what ``decimation.kept_places`` keeps; and the places of these."""
+
+        def choose(dt: Float[Array, "B L E"]) -> Int[Array, "B K"]:
+            return kept_places(importance(dt), keep, tail, ctx.segment_ids)
+
+        return self._call(x, state, ctx, choose)
+
+    def _call(
+        self, x: Array, state: State | None, ctx: Context, choose: Callable[[Array], Array] | None = None
+    ) -> tuple[Array, State | None, Array | None]:
+        """y, the state, and which tokens the scan read, None for all."""
         before = ctx.carried(state) or {"conv": None, "ssm": None}
-        z = self.in_z(x)
+        z, ids = self.in_z(x), ctx.segment_ids
         x, tail = self._convolve(x, before["conv"], ctx)
+        dt, A, B, C = self._select(x, ctx)
+        places = None if choose is None else choose(dt)
+        if places is not None:
+            z, x, dt, B, C = (take(t, places) for t in (z, x, dt, B, C))
+            ids = None if ids is None else take(ids, places)
         y, final = selective_scan(
             x,
-            *self._select(x),
+            dt,
+            A,
+            B,
+            C,
             self.D[...],
             initial_state=before["ssm"],
-            segment_ids=ctx.segment_ids,
+            segment_ids=ids,
             implementation=self.config.implementation,
         )
         y = self.out(y * jax.nn.silu(z))
         if state is None:
-            return y, None
+            return y, None, places
         after = {"conv": tail, "ssm": final}
-        return y, jax.tree.map(lambda new, old: new.astype(old.dtype), after, state)
+        return y, jax.tree.map(lambda new, old: new.astype(old.dtype), after, state), places
 
     def dynamics(self, x: Float[Array, "B L D"], state: State | None, ctx: Context) -> Dynamics:
         """What the scan runs on (``layers.dynamics.Selective``)."""
         before = ctx.carried(state) or {"conv": None}
         x, _ = self._convolve(x, before["conv"], ctx)
-        dt, A, B, C = self._select(x)
+        dt, A, B, C = self._select(x, ctx)
         dt = dt if ctx.segment_ids is None else jnp.where((ctx.segment_ids != 0)[..., None], dt, 0)
         return Dynamics(x[..., None], dt, A, B[:, :, None], C[:, :, None])
 
@@ -139,14 +184,16 @@ class Mamba(nnx.Module):
             implementation=self.config.implementation,
         )
 
-    def _select(self, x: Float[Array, "B L E"]) -> tuple[Array, Array, Array, Array]:
+    def _select(self, x: Float[Array, "B L E"], ctx: Context) -> tuple[Array, Array, Array, Array]:
         """dt [B, L, E], A [E, N], B and C [B, L, N]."""
-        bias = self.dt_bias[...]
+        c, bias = self.config, self.dt_bias[...]
         dt = jax.nn.softplus(self.dt(self.to_dt(x)).astype(bias.dtype) + bias)
-        return dt, -jnp.exp(self.A_log[...]), self.to_B(x), self.to_C(x)
+        dt = dt if self.dt_filter is None else self.dt_filter(dt, ctx)
+        A = polarised(-jnp.exp(self.A_log[...]), c.ones, c.zeros)
+        return dt, A, self.to_B(x), self.to_C(x)
 
     def flops_per_token(self, length: int) -> float:
         """Projections, convolution, and 6 operations a state: dt A, decay, input, output."""
         c, d_inner, rank = self.config, self.config.inner(self.d_model), self.config.rank(self.d_model)
-        projections = 2 * d_inner * (3 * self.d_model + 2 * rank + 2 * c.d_state)
-        return float(projections + 2 * c.d_conv * d_inner + 6 * d_inner * c.d_state)
+        projections = 2 * d_inner * (3 * self.d_model + 2 * rank + 2 * c.states)
+        return float(projections + 2 * c.d_conv * d_inner + 6 * d_inner * c.states)

@@ -3,15 +3,21 @@
 # No ``from __future__ import annotations`` here: command-line overrides read the field types at run time.
 import dataclasses
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
+from layers.decimation import importance, kept_places
 from layers.dynamics import Dynamics
+from layers.longmamba import DtFilter, DtFilterConfig
+from layers.mitigations import MitigationConfig, mitigated_ssd
 from layers.norm import RMSNorm
-from layers.param import Initializer, Linear, param, uniform_fan_in
+from layers.param import CALIBRATED, Initializer, Linear, param, uniform_fan_in
+from layers.polarised import check_polarised, polarised
+from layers.state_limits import empty_window, take
 from layers.types import Context, State
 from pallas_kernels.mamba2 import Form, Inputs, Weights, gated_ssd, unfused
 
@@ -26,6 +32,8 @@ class Mamba2Config:
         dt_limit: clamp on dt.
         prefill_dt_min: extra lower clamp on dt for pieces longer than one token, None for none. Only for
             parity with the published Nemotron-H code, whose prefill and decode differ in this.
+        ones, zeros: so many first heads have A = 0 and last heads A = -100, not learned (``polarised``).
+        mitigation, dt_filter: against states that are overfilled; off by default.
         compute: implementation of the ops, None for automatic.
     """
 
@@ -48,6 +56,10 @@ class Mamba2Config:
     dt_floor: float = 1e-4
     dt_limit: tuple[float, float] = (0.0, math.inf)
     prefill_dt_min: float | None = None
+    ones: int = 0
+    zeros: int = 0
+    mitigation: MitigationConfig = dataclasses.field(default_factory=MitigationConfig)
+    dt_filter: DtFilterConfig = dataclasses.field(default_factory=DtFilterConfig)
     implementation: str | None = None
 
     def inner(self, d_model: int) -> int:
@@ -83,6 +95,8 @@ class Mamba2(nnx.Module):
         heads = d_inner // config.headdim
         if heads % config.n_groups:
             raise ValueError(f"mamba2.n_groups={config.n_groups} does not divide the {heads} heads")
+        config.mitigation.validate("mamba2.mitigation")
+        check_polarised("mamba2", config.ones, config.zeros, below=heads)
         self.config, self.d_model, self.heads = config, d_model, heads
         bias, bc = config.proj_bias, config.n_groups * config.d_state
 
@@ -97,7 +111,9 @@ class Mamba2(nnx.Module):
             B=ConvWeights(bc, "groups", config.d_conv, config.conv_bias, rngs=rngs),
             C=ConvWeights(bc, "groups", config.d_conv, config.conv_bias, rngs=rngs),
         )
-        self.A_log = param(_init_A_log(rngs.params(), heads, config), ("heads",), "dynamics/A")
+        learned = heads - config.ones - config.zeros
+        axis = "heads" if learned == heads else None
+        self.A_log = param(_init_A_log(rngs.params(), learned, config), (axis,), "dynamics/A")
         dt_range = (config.dt_min, config.dt_max, config.dt_floor)
         self.dt_bias = param(init_dt_bias(rngs.params(), heads, *dt_range), ("heads",), "dynamics/dt")
         self.D = param(jnp.ones(heads), ("heads",), "dynamics/D")
@@ -109,6 +125,11 @@ class Mamba2(nnx.Module):
             axis="inner",
         )
         self.norm = norm if config.rmsnorm else None
+        self.dt_filter = (
+            None if config.dt_filter.scale is None else DtFilter(heads, "heads", config.dt_filter)
+        )
+        capped = config.mitigation.state_norm is not None
+        self.norm_cap = param(jnp.full(heads, jnp.inf), ("heads",), CALIBRATED) if capped else None
         self.out = Linear(
             d_inner, d_model, ("inner", "embed"), rngs=rngs, use_bias=bias, init=out_init or init
         )
@@ -116,15 +137,22 @@ class Mamba2(nnx.Module):
     def init_state(self, batch: int, max_len: int) -> State:
         c, taps = self.config, self.config.d_conv - 1
         widths = {"x": c.inner(self.d_model), "B": c.n_groups * c.d_state, "C": c.n_groups * c.d_state}
-        return {
+        state = {
             "conv": {name: jnp.zeros((batch, taps, width)) for name, width in widths.items()},
             "ssm": jnp.zeros((batch, self.heads, c.headdim, c.d_state)),
         }
+        if c.mitigation.window is None:
+            return state
+        sizes = (self.heads, c.headdim, c.n_groups, c.d_state)
+        return state | empty_window(batch, c.mitigation.window, *sizes)
 
     def __call__(
         self, x: Float[Array, "B L D"], state: State | None, ctx: Context
     ) -> tuple[Float[Array, "B L D"], State | None]:
         c = self.config
+        if not c.mitigation.off or self.dt_filter is not None:
+            y, state, _ = self._mitigated(x, state, ctx)
+            return y, state
         before = ctx.carried(state) or {"conv": {"x": None, "B": None, "C": None}, "ssm": None}
         y, tails, final = gated_ssd(
             self.inputs(x),
@@ -140,17 +168,71 @@ class Mamba2(nnx.Module):
         after = {"conv": tails, "ssm": final}
         return self.out(y), jax.tree.map(lambda new, old: new.astype(old.dtype), after, state)
 
+    def decimated(
+        self, x: Float[Array, "B L D"], state: State | None, ctx: Context, keep: int, tail: int
+    ) -> tuple[Float[Array, "B K D"], State | None, Int[Array, "B K"] | None]:
+        """A call whose SSD reads only what ``decimation.kept_places`` keeps; and the places of these."""
+
+        def choose(dt: Float[Array, "B L H"]) -> Int[Array, "B K"]:
+            return kept_places(importance(dt), keep, tail, ctx.segment_ids)
+
+        return self._mitigated(x, state, ctx, choose)
+
+    def _mitigated(
+        self, x: Array, state: State | None, ctx: Context, choose: Callable[[Array], Array] | None = None
+    ) -> tuple[Array, State | None, Array | None]:
+        """A call with what is switched on; and which tokens the SSD read, None for all."""
+        c = self.config
+        if ctx.sequence_axis is not None and (c.mitigation.in_time or choose is not None):
+            raise ValueError(
+                "mamba2.mitigation: window, state_norm, bidirectional_prefix and decimation read a piece of "
+                "time in order on one device; use mesh.sequence=1"
+            )
+        before = ctx.carried(state)
+        dynamics, tails = self._dynamics(x, before, ctx)
+        z, ids, prefix = self.in_z(x), ctx.segment_ids, ctx.prefix
+        places = None if choose is None else choose(dynamics.dt)
+        if places is not None:
+            xs, dt, A, B, C = dynamics
+            z, xs, dt, B, C = (take(t, places) for t in (z, xs, dt, B, C))
+            ids, prefix = (None if t is None else take(t, places) for t in (ids, prefix))
+            dynamics = Dynamics(xs, dt, A, B, C)
+        cap, weights = None, self.weights()
+        if self.norm_cap is not None and c.mitigation.state_norm is not None:
+            cap = c.mitigation.state_norm * self.norm_cap[...]
+        y, after = mitigated_ssd(
+            dynamics,
+            weights.D,
+            c.mitigation,
+            cap=cap,
+            state=before,
+            segment_ids=ids,
+            prefix=prefix,
+            chunk_size=c.chunk_size,
+            implementation=c.implementation,
+        )
+        y = self.out(unfused.gated(y.reshape(*y.shape[:2], -1), z, weights, self.form(x.shape[1])))
+        if state is None:
+            return y, None, places
+        after = {"conv": tails, **after}
+        return y, jax.tree.map(lambda new, old: new.astype(old.dtype), after, state), places
+
     def dynamics(self, x: Float[Array, "B L D"], state: State | None, ctx: Context) -> Dynamics:
         """What the SSD runs on (``layers.dynamics.Selective``)."""
-        before = (ctx.carried(state) or {"conv": dict.fromkeys(unfused.NAMES)})["conv"]
+        return self._dynamics(x, ctx.carried(state), ctx)[0]
+
+    def _dynamics(self, x: Array, before: State | None, ctx: Context) -> tuple[Dynamics, dict[str, Array]]:
+        """And the tails of the convolution."""
+        conv = dict.fromkeys(unfused.NAMES) if before is None else before["conv"]
         inputs, weights, ids = self.inputs(x), self.weights(), ctx.segment_ids
-        mixed, _ = unfused.convolve(inputs, weights, before, ids, unfused.NAMES, self.config.implementation)
+        mixed, tails = unfused.convolve(inputs, weights, conv, ids, unfused.NAMES, self.config.implementation)
         dt = unfused.step_sizes(inputs, weights, self.form(x.shape[1]))
+        dt = dt if self.dt_filter is None else self.dt_filter(dt, ctx)
         dt = dt if ids is None else jnp.where((ids != 0)[..., None], dt, 0)
         heads, groups = (self.heads, -1), (self.config.n_groups, -1)
         split = {"x": heads, "B": groups, "C": groups}
         xs, B, C = (mixed[name].reshape(*x.shape[:2], *shape) for name, shape in split.items())
-        return Dynamics(xs, dt, weights.A[:, None], B, C)
+        return Dynamics(xs, dt, weights.A[:, None], B, C), tails
 
     def inputs(self, x: Float[Array, "B L D"]) -> Inputs:
         """The projections of ``x``."""
@@ -161,7 +243,7 @@ class Mamba2(nnx.Module):
         return Weights(
             conv={name: (conv.weight[...], conv.bias_or_none()) for name, conv in self.conv.items()},
             dt_bias=self.dt_bias[...],
-            A=-jnp.exp(self.A_log[...]),
+            A=polarised(-jnp.exp(self.A_log[...]), self.config.ones, self.config.zeros),
             D=self.D[...],
             norm=None if self.norm is None else self.norm.scale[...],
         )

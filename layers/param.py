@@ -19,6 +19,7 @@ from pallas_kernels import spmd
 Initializer = Callable[..., jax.Array]  # (key, shape, dtype) -> array
 
 AXES = "out_sharding"  # the metadata field flax keeps logical axes in, and extends for stacked layers
+CALIBRATED = "frozen/calibrated"  # role of what is neither trained nor in checkpoints, but measured on a run
 
 
 def param(value: jax.Array, axes: Sequence[str | None], role: str) -> nnx.Param:

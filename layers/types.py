@@ -31,6 +31,8 @@ class Context:
         positions: position of each token in its document, int32 [B, L].
         segment_ids: canonical ids, int32 [B, L], or None when every token is real and continues the state.
         continues: whether the first real token belongs to the carried state, bool [B], or None for "yes".
+        prefix: tokens that a mixer that can may read both ways (``layers/prefix_scan.py``), bool [B, L], or
+            None for none.
         right_padded: each row is one whole segment, and what padding there is stands after it (static). A
             mixer may use it to be faster.
         key: PRNG key for dropout and the like, or None.
@@ -44,6 +46,7 @@ class Context:
     positions: Int[Array, "B L"]
     segment_ids: Int[Array, "B L"] | None = None
     continues: Bool[Array, " B"] | None = None
+    prefix: Bool[Array, "B L"] | None = None
     right_padded: bool = dataclasses.field(default=False, metadata={"static": True})
     key: Array | None = None
     deterministic: bool = dataclasses.field(default=True, metadata={"static": True})
@@ -70,7 +73,7 @@ class Context:
             segment_ids: raw ids, 0 for padding; None means one segment without padding.
             previous_segment: raw id of the last real token before this piece; 0 (or None) for nothing before.
             previous_position: its position; -1 (or None) for nothing before.
-            static: right_padded, key, deterministic, sequence_axis, sequence_layout.
+            static: right_padded, prefix, key, deterministic, sequence_axis, sequence_layout.
         """
         before = jnp.full((batch,), -1, jnp.int32) if previous_position is None else previous_position
         if segment_ids is None:

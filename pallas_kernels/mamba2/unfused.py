@@ -41,11 +41,17 @@ def gated_ssd(
         chunk_size=form.chunk_size,
         implementation=implementation,
     )
-    y = y.reshape(batch, length, channels)
+    return gated(y.reshape(batch, length, channels), inputs.z, weights, form), tails, final
+
+
+def gated(
+    y: Float[Array, "B L E"], z: Float[Array, "B L E"], weights: Weights, form: Form
+) -> Float[Array, "B L E"]:
+    """norm(y silu(z)), or what ``form`` and ``weights`` have in its place."""
     if weights.norm is None:
-        return y * jax.nn.silu(inputs.z), tails, final
-    normed = gated_rms_norm(y, inputs.z, weights.norm, form.n_groups, form.norm_eps, form.norm_before_gate)
-    return normed.astype(y.dtype), tails, final
+        return y * jax.nn.silu(z)
+    normed = gated_rms_norm(y, z, weights.norm, form.n_groups, form.norm_eps, form.norm_before_gate)
+    return normed.astype(y.dtype)
 
 
 def convolve(
