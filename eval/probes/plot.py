@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from matplotlib.figure import Figure
 
@@ -10,23 +10,36 @@ from eval.probes.types import Curve
 
 
 def plot_curves(
-    curves: Mapping[str, Curve], title: str, *, marks: Mapping[str, float] | None = None
+    curves: Mapping[str, Curve],
+    title: str,
+    *,
+    marks: Mapping[str, float] | None = None,
+    linear: Collection[str] = (),
+    logarithmic: Collection[str] = (),
 ) -> Figure:
-    """Curves over a logarithmic axis, one panel for each quantity.
+    """Curves over a logarithmic axis, one panel for each quantity, two panels a row.
 
     Args:
         marks: vertical lines by name, such as the training length.
+        linear: labels of horizontal axes that are not to be logarithmic, and have no marks.
+        logarithmic: labels of vertical axes that are.
     """
     quantities = list(dict.fromkeys((curve.xlabel, curve.ylabel) for curve in curves.values()))
-    figure = Figure(figsize=(6.4 * max(len(quantities), 1), 4.2), dpi=130, layout="constrained")
-    for axes, quantity in zip(figure.subplots(1, max(len(quantities), 1), squeeze=False)[0], quantities):
-        for i, (name, value) in enumerate((marks or {}).items()):
+    columns = min(max(len(quantities), 1), 2)
+    rows = max(-(-len(quantities) // columns), 1)
+    figure = Figure(figsize=(6.4 * columns, 4.2 * rows), dpi=130, layout="constrained")
+    for axes, quantity in zip(figure.subplots(rows, columns, squeeze=False).flat, quantities):
+        marked = {} if quantity[0] in linear else marks or {}
+        for i, (name, value) in enumerate(marked.items()):
             axes.axvline(value, ls=("--", "-.", ":")[i % 3], lw=1, color="0.5", label=name)
         for name, curve in curves.items():
             if (curve.xlabel, curve.ylabel) == quantity:
                 axes.errorbar(curve.x, curve.y, curve.error, lw=1.5, marker="o", ms=3, capsize=2, label=name)
-        axes.set_xscale("log", base=2)
-        axes.xaxis.set_major_formatter("{x:g}")
+        if quantity[0] not in linear:
+            axes.set_xscale("log", base=2)
+            axes.xaxis.set_major_formatter("{x:g}")
+        if quantity[1] in logarithmic:
+            axes.set_yscale("log")
         axes.set(xlabel=quantity[0], ylabel=quantity[1])
         axes.grid(alpha=0.25)
         axes.legend(frameon=False, fontsize=8)

@@ -64,10 +64,7 @@ def long_rows(task: LMTask, length: int, limit: int, *, from_start: bool = False
     """
     corpus = task.validation
     if task.config.packing == "stream":
-        limit = min(limit, rows_available(task, length))
-        rows = Packer(corpus, Layout(limit + 1, length, "stream"), seed=0, once=True).batch(0)
-        full = np.flatnonzero(rows["weights"].all(axis=1))[:limit]
-        return {name: array[full] for name, array in rows.items()}
+        return running_rows(task, length, limit)
     count = corpus.lengths // length
     count = np.minimum(count, 1) if from_start else count
     document = np.repeat(np.arange(len(count)), count)
@@ -84,6 +81,15 @@ def long_rows(task: LMTask, length: int, limit: int, *, from_start: bool = False
         "segment_ids": np.ones_like(positions),
         "weights": np.ones(index.shape, np.float32),
     }
+
+
+def running_rows(task: LMTask, length: int, limit: int) -> Batch:
+    """As :func:`long_rows`, from the documents run together, whatever the task's packing."""
+    limit = min(limit, task.validation.targets // length)
+    layout = Layout(limit + 1, length, "stream")
+    rows = Packer(task.validation, layout, seed=0, once=True).batch(0)
+    full = np.flatnonzero(rows["weights"].all(axis=1))[:limit]
+    return {name: array[full] for name, array in rows.items()}
 
 
 def score(opened: OpenRun, task: LMTask, batch: Batch, room: int) -> Scores:
