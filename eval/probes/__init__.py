@@ -10,12 +10,30 @@ from typing import Any
 
 from eval.probes.bits_per_byte import BitsPerByte
 from eval.probes.condensing import Condensing
+from eval.probes.influence import Influence
 from eval.probes.length_extrapolation import LengthExtrapolation
 from eval.probes.loss_by_position import LossByPosition
+from eval.probes.mutual_information import MutualInformation
+from eval.probes.receptive_field import ReceptiveField
+from eval.probes.smoothing import Smoothing
+from eval.probes.speed import Speed
+from eval.probes.state_collapse import StateCollapse
 from eval.probes.types import Probe
 
 PROBES: dict[str, type[Probe]] = {
-    probe.name: probe for probe in (BitsPerByte, LossByPosition, LengthExtrapolation, Condensing)
+    probe.name: probe
+    for probe in (
+        BitsPerByte,
+        LossByPosition,
+        LengthExtrapolation,
+        Condensing,
+        StateCollapse,
+        Influence,
+        Smoothing,
+        ReceptiveField,
+        MutualInformation,
+        Speed,
+    )
 }
 
 
