@@ -43,4 +43,4 @@ def get_config(argument: str = "smoke,hybrid") -> RecallExperiment:
 
 def _sizes(law: PhonebookSpec, entries: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
     """Rows just long enough, in multiples of 64 bytes."""
-    return tuple((-(-law.needed(n) // 64) * 64, n) for n in entries)
+    return tuple((-(-law.fitted(0, n)[0] // 64) * 64, n) for n in entries)

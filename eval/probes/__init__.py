@@ -8,12 +8,16 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from eval.probes.babi import Babi
 from eval.probes.bits_per_byte import BitsPerByte
 from eval.probes.condensing import Condensing
 from eval.probes.influence import Influence
 from eval.probes.length_extrapolation import LengthExtrapolation
 from eval.probes.loss_by_position import LossByPosition
 from eval.probes.mutual_information import MutualInformation
+from eval.probes.needles import Needles
+from eval.probes.passkey import Passkey
+from eval.probes.recall import Recall
 from eval.probes.receptive_field import ReceptiveField
 from eval.probes.smoothing import Smoothing
 from eval.probes.speed import Speed
@@ -27,6 +31,10 @@ PROBES: dict[str, type[Probe]] = {
         LossByPosition,
         LengthExtrapolation,
         Condensing,
+        Passkey,
+        Needles,
+        Babi,
+        Recall,
         StateCollapse,
         Influence,
         Smoothing,

@@ -41,13 +41,17 @@ class CopyingSpec:
         """Number of ids that are to be copied."""
         return self.vocab_size - 2
 
+    def fitted(self, length: int, items: int) -> tuple[int, int]:
+        """With room for the letters twice."""
+        return max(length, 2 * items + self._mad), items
+
     def check(self, length: int, items: int) -> None:
         """Raises ValueError: an unknown variant, too few ids, or too few tokens."""
         if self.variant not in VARIANTS:
             raise ValueError(f"variant={self.variant!r} is unknown; use one of {', '.join(VARIANTS)}")
         if self.letters < 2:
             raise ValueError(f"vocab_size={self.vocab_size} leaves {self.letters} letters, at least 4 works")
-        needed = 2 * items + self._mad
+        needed = self.fitted(0, items)[0]
         if items < 1 or length < needed:
             raise ValueError(f"{length} tokens have no room for {items} letters twice: {needed} would do")
 

@@ -34,6 +34,10 @@ class InContextSpec:
         """Number of keys, and of values."""
         return (self.vocab_size - self.noise_vocab) // 2
 
+    def fitted(self, length: int, items: int) -> tuple[int, int]:
+        """Even, of no more keys than there are."""
+        return max(length + length % 2, 4), min(items, self.keys)
+
     def check(self, length: int, items: int) -> None:
         """Raises ValueError: too few ids, noise without ids, or an odd length."""
         if not 0 <= self.noise < 1 or (self.noise and self.noise_vocab < 1):

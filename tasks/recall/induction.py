@@ -28,6 +28,10 @@ class InductionSpec:
         """The special token included."""
         return self.tokens + 1
 
+    def fitted(self, length: int, items: int) -> tuple[int, int]:
+        """One item."""
+        return max(length, 3), 1
+
     def check(self, length: int, items: int) -> None:
         """Raises ValueError: fewer tokens than special, follower, special."""
         if self.tokens < 2:

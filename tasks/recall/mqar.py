@@ -43,6 +43,10 @@ class MQARSpec:
         """Tokens of the pairs."""
         return 2 * (items * self.num_passes + self.updates)
 
+    def fitted(self, length: int, items: int) -> tuple[int, int]:
+        """Even, with room for the questions."""
+        return max(length + length % 2, self.context(items) + 2 * items), items
+
     def check(self, length: int, items: int) -> None:
         """Raises ValueError: slots or ids do not suffice, or a field cannot work."""
         half = self.vocab_size // 2
@@ -60,7 +64,7 @@ class MQARSpec:
                 f"vocab_size={self.vocab_size} has {most} keys for {items} pairs; raise it to at least "
                 f"{2 * (items + 1) * (2 if self.disjoint_pairs else 1)}"
             )
-        needed = self.context(items) + 2 * items
+        needed = self.fitted(0, items)[0]
         if length % 2 or length < needed:
             raise ValueError(
                 f"{length} tokens have no room for {items} pairs and as many questions: an even number of "

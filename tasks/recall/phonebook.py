@@ -47,11 +47,12 @@ class PhonebookSpec:
         """Bytes and the separator."""
         return SEPARATOR + 1
 
-    def needed(self, items: int) -> int:
-        """Bytes of a row, the separator included."""
+    def fitted(self, length: int, items: int) -> tuple[int, int]:
+        """As many bytes as needed, the separator included, of no more entries than there are names."""
+        items = min(items, SURNAMES[True])
         announced = self.asked * (NAME + 1) + 1 if self.order == "reversed" else 0
         shots = self.shots * (ENTRY + 1) + 1 if self.shots else 0
-        return 1 + announced + items * (ENTRY + 1) + 1 + shots + self.asked * (ENTRY + 1)
+        return 1 + announced + items * (ENTRY + 1) + 1 + shots + self.asked * (ENTRY + 1), items
 
     def check(self, length: int, items: int) -> None:
         """Raises ValueError: an unknown order, too few names or entries, or too short a row."""
@@ -64,9 +65,10 @@ class PhonebookSpec:
             raise ValueError(
                 f"{items} entries: {low} (shots={self.shots} and asked={self.asked}) to {high} work"
             )
-        if length and length < self.needed(items):
+        needed = self.fitted(0, items)[0]
+        if length and length < needed:
             raise ValueError(
-                f"{length} bytes have no room for {items} entries; {self.needed(items)} would do, or 0 for "
+                f"{length} bytes have no room for {items} entries; {needed} would do, or 0 for "
                 "as many as needed"
             )
 
@@ -128,7 +130,7 @@ class PhonebookSpec:
         """The next byte, told by the first entry of the book with the same name."""
         found = np.zeros_like(tokens)
         for row, answers in zip(tokens, found):
-            text = bytes(row[1 : self.needed(items)].astype(np.uint8).tolist())
+            text = bytes(row[1 : self.fitted(0, items)[0]].astype(np.uint8).tolist())
             for question in range(self.asked):
                 begin = len(text) - (self.asked - question) * (ENTRY + 1)
                 told = text.index(text[begin : begin + NAME + 2]) + NAME + 2

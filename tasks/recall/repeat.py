@@ -69,16 +69,16 @@ class RepeatSpec:
                 f"shortest={self.shortest} must lie between {max(least, 2)}, for n_gram={self.n_gram} and "
                 f"answer={self.answer}, and {items}, the longest string"
             )
-        if length < self.longest(items):
+        needed = self.fitted(length, items)[0]
+        if length < needed:
             raise ValueError(
-                f"{length} tokens have no room for a string of {items} letters and its answer; "
-                f"{self.longest(items)} would do"
+                f"{length} tokens have no room for a string of {items} letters and its answer; {needed} would do"
             )
 
-    def longest(self, items: int) -> int:
-        """Tokens of the longest example with a string of ``items`` letters."""
+    def fitted(self, length: int, items: int) -> tuple[int, int]:
+        """As long as an example of a string of ``items`` letters can be."""
         bars = 4 if self.variant == "prefix" else 3
-        return bars + items + self._gram + (self.answer or items - self._gram)
+        return bars + items + self._gram + (self.answer or items - self._gram), items
 
     def width(self, length: int, items: int) -> int:
         """Letters, length, place, sum and second place of each string."""

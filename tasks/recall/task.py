@@ -164,7 +164,7 @@ class RecallTask:
     def _length(self, size: Size) -> int:
         """Tokens of a row; laws that take as many as needed say so by a length of 0."""
         length, items = size
-        return length or self.law.needed(items)  # type: ignore[attr-defined]
+        return length or self.law.fitted(0, items)[0]
 
     def _times(self, lengths: list[int]) -> list[int]:
         """How many rows stand in place of one of the longest."""

@@ -24,6 +24,9 @@ class Generator(Protocol):
     def vocab_size(self) -> int:
         """Number of ids."""
 
+    def fitted(self, length: int, items: int) -> tuple[int, int]:
+        """The size nearest to this one that makes sense: as long as it has to be, of as many items as can be."""
+
     def check(self, length: int, items: int) -> None:
         """Raises ValueError, naming field or size, unless such rows can be made."""
 
