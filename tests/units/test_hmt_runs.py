@@ -80,8 +80,10 @@ def test_generation(trained):
 
 def test_probes(trained, tmp_path):
     few = ["loss_by_position.min_documents=2", "length_extrapolation.min_rows=2"]
-    few += ["length_extrapolation.factors=[1, 2, 4]"]
-    eval_run.examine(open_run(trained[0]), choose("all", few), tmp_path)
+    few += ["length_extrapolation.factors=[1, 2, 4]", "passkey.factors=[8]", "passkey.depths=2"]
+    few += ['passkey.styles=["stuffed_mamba"]', "passkey.samples=1"]
+    probes = choose("bits_per_byte,loss_by_position,length_extrapolation,passkey", few)
+    eval_run.examine(open_run(trained[0]), probes, tmp_path)
     found = {path.stem: json.loads(path.read_text()) for path in (tmp_path / "4").glob("*.json")}
     assert not any("error" in record for record in found.values())
     # All of it is read by pieces with the state carried, as in training by whole rows.
@@ -89,6 +91,7 @@ def test_probes(trained, tmp_path):
     total = np.average(bins["loss"], weights=bins["tokens"])
     np.testing.assert_allclose(total, trained[1]["validation/loss"], rtol=1e-5)
     assert found["length_extrapolation"]["numbers"]["lengths"]["4x"] == 128
+    assert found["passkey"]["numbers"]["prompts"] == 2
 
 
 def test_one_checkpoint_with_memory_and_without(trained):
