@@ -42,6 +42,7 @@ def decode(
     ids do not depend on the other rows, nor on ``piece``, ``steps`` and ``max_len`` (but for rounding).
 
     Args:
+        piece: tokens of the prompts read at once; a model that decimates them reads them whole.
         max_len: tokens an attention cache has room for; None for exactly enough.
 
     Raises:
@@ -54,7 +55,8 @@ def decode(
     programs = _programs(model, dataclasses.replace(sampling, seed=0), min(steps, max(new_tokens - 1, 1)))
     state = programs.empty(params, len(prompts), max_len or longest + new_tokens)
     hidden = None
-    for tokens, ids in pieces(prompts, min(piece, longest)):
+    whole = model.bind(model.shapes).config.reads_whole
+    for tokens, ids in pieces(prompts, longest if whole else min(piece, longest)):
         hidden, state = programs.read(params, tokens, ids, state, hidden)
     seen = None if sampling.repetition_penalty == 1 else _seen(prompts, model)
     carry = programs.first(params, keys, hidden, state, seen)

@@ -11,6 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from configs.base import BaseExperiment, ConfigError
 from configs.saved import from_json
+from eval import calibrated
 from models.classifier import Classifier
 from models.functional import Functional
 from objectives import model_of
@@ -90,7 +91,8 @@ def open_run(
 
     Raises:
         RunError: there is no run or no checkpoint, or the tokenizer has more ids than the model.
-        ConfigError, ArchitectureError, CheckpointError: as when training resumes.
+        ConfigError, ArchitectureError, CheckpointError: as when training resumes; ConfigError also where
+            ``config`` switches something on that the run is not calibrated for (``eval.calibrate``).
     """
     workdir = epath.Path(workdir)
     config = config or load_config(workdir)
@@ -112,7 +114,9 @@ def open_run(
         lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), model.shapes, shardings
     )
     averaged = config.optim.ema_decay is not None
-    wanted: dict[str, Any] = {"extras": {"ema": abstract}} if averaged else {"params": abstract}
+    measured = calibrated.calibrated_paths(model.roles)
+    saved = calibrated.without(abstract, measured)
+    wanted: dict[str, Any] = {"extras": {"ema": saved}} if averaged else {"params": saved}
     carry = model_stats(model, over)
     if carry is not None:
         wanted.setdefault("extras", {})["carry"] = carry
@@ -122,6 +126,10 @@ def open_run(
         except FileNotFoundError as error:
             raise RunError(f"{workdir}: {error}. Train it first, or wait for its first save") from error
     params = part["extras"]["ema"] if averaged else part["params"]
+    try:
+        params = calibrated.completed(params, abstract, measured, workdir)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
     carry = None if carry is None else part["extras"]["carry"]
     return OpenRun(workdir, config, found, model, params, carry, tokenizer, over)
 

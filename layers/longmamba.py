@@ -54,9 +54,11 @@ class DtFilter(nnx.Module):
         c = self.config
         if c.scale is None or dt.shape[1] == 1:
             return dt
+        calibrated = (self.thresholds[...], self.retention[...], self.base[...])
+        thresholds, retention, base = jax.lax.stop_gradient(calibrated)
         length = ctx.positions + 1 if c.length is None else jnp.full_like(ctx.positions, c.length)
-        threshold = c.scale * self.thresholds[...][nearest_row(length, self.base[...])]
-        skipping = (length > self.base[...])[..., None] & (self.retention[...] > c.min_retention)
+        threshold = c.scale * thresholds[nearest_row(length, base)]
+        skipping = (length > base)[..., None] & (retention > c.min_retention)
         return filter_by_threshold(dt, jnp.where(skipping, threshold, 0).astype(dt.dtype))
 
 
@@ -104,8 +106,7 @@ def calibrate(
     dt = clamped(dt, share)
     total = jnp.sum(dt, axis=1)
     largest_first = -jnp.sort(-dt, axis=1)
-    size = (dt.shape[0], length, dt.shape[2])
-    spread = jax.image.resize(largest_first, size, "linear", antialias=False)
+    spread = _stretched(largest_first, length)
     count = jnp.argmax(jnp.cumsum(spread, axis=1) > total[:, None], axis=1) + 1
     at = jnp.minimum(count, length - 1)[:, None]
     return total, count / length, jnp.take_along_axis(spread, at, axis=1)[:, 0]
@@ -113,8 +114,22 @@ def calibrate(
 
 def table(dt: Float[Array, "B L H"], share: float = 0.05) -> Float[Array, "T H"]:
     """Thresholds for 1, 2, 4, ... times L tokens, averaged over rows; 0 (nothing is skipped) for L itself."""
-    rows = [calibrate(dt, dt.shape[1] * 2**k, share)[2].mean(axis=0) for k in range(1, DOUBLINGS)]
-    return jnp.stack([jnp.zeros_like(rows[0]), *rows])
+
+    def of_channel(dt: Float[Array, "B L"]) -> Float[Array, " T"]:
+        doubled = (calibrate(dt[..., None], dt.shape[1] * 2**k, share)[2] for k in range(1, DOUBLINGS))
+        return jnp.stack([jnp.zeros((), dt.dtype), *(threshold.mean() for threshold in doubled)])
+
+    # A few channels at a time: a long text has many tokens.
+    return jax.lax.map(of_channel, jnp.moveaxis(dt, -1, 0), batch_size=16).T
+
+
+def _stretched(values: Float[Array, "B L H"], length: int) -> Float[Array, "B M H"]:
+    """Interpolated linearly to M = ``length`` points; point i stands for the interval [i, i + 1) L / M."""
+    last = values.shape[1] - 1
+    place = jnp.clip((jnp.arange(length) + 0.5) * ((last + 1) / length) - 0.5, 0, last).astype(values.dtype)
+    low = jnp.floor(place).astype(jnp.int32)
+    part = (place - low)[:, None]
+    return (1 - part) * values[:, low] + part * values[:, jnp.minimum(low + 1, last)]
 
 
 def retention(dt: Float[Array, "B L H"], A: Float[Array, "H M"], share: float = 0.05) -> Float[Array, " H"]:

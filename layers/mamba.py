@@ -140,13 +140,14 @@ class Mamba(nnx.Module):
     ) -> tuple[Array, State | None, Array | None]:
         """y, the state, and which tokens the scan read, None for all."""
         before = ctx.carried(state) or {"conv": None, "ssm": None}
-        z, ids = self.in_z(x), ctx.segment_ids
+        z = self.in_z(x)
         x, tail = self._convolve(x, before["conv"], ctx)
         dt, A, B, C = self._select(x, ctx)
         places = None if choose is None else choose(dt)
         if places is not None:
             z, x, dt, B, C = (take(t, places) for t in (z, x, dt, B, C))
-            ids = None if ids is None else take(ids, places)
+            ctx = ctx.take(places)
+            before = ctx.carried(before) if state is not None else before
         y, final = selective_scan(
             x,
             dt,
@@ -155,7 +156,7 @@ class Mamba(nnx.Module):
             C,
             self.D[...],
             initial_state=before["ssm"],
-            segment_ids=ids,
+            segment_ids=ctx.segment_ids,
             implementation=self.config.implementation,
         )
         y = self.out(y * jax.nn.silu(z))

@@ -190,24 +190,23 @@ class Mamba2(nnx.Module):
             )
         before = ctx.carried(state)
         dynamics, tails = self._dynamics(x, before, ctx)
-        z, ids, prefix = self.in_z(x), ctx.segment_ids, ctx.prefix
-        places = None if choose is None else choose(dynamics.dt)
+        z, places = self.in_z(x), None if choose is None else choose(dynamics.dt)
         if places is not None:
             xs, dt, A, B, C = dynamics
             z, xs, dt, B, C = (take(t, places) for t in (z, xs, dt, B, C))
-            ids, prefix = (None if t is None else take(t, places) for t in (ids, prefix))
-            dynamics = Dynamics(xs, dt, A, B, C)
+            dynamics, ctx = Dynamics(xs, dt, A, B, C), ctx.take(places)
+            before = ctx.carried(before)
         cap, weights = None, self.weights()
         if self.norm_cap is not None and c.mitigation.state_norm is not None:
-            cap = c.mitigation.state_norm * self.norm_cap[...]
+            cap = c.mitigation.state_norm * jax.lax.stop_gradient(self.norm_cap[...])
         y, after = mitigated_ssd(
             dynamics,
             weights.D,
             c.mitigation,
             cap=cap,
             state=before,
-            segment_ids=ids,
-            prefix=prefix,
+            segment_ids=ctx.segment_ids,
+            prefix=ctx.prefix,
             chunk_size=c.chunk_size,
             implementation=c.implementation,
         )

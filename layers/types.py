@@ -93,6 +93,24 @@ class Context:
         positions = time_order.arrange(self.positions, layout)
         return dataclasses.replace(self, positions=positions, segment_ids=ids, sequence_layout=layout)
 
+    def take(self, places: Int[Array, "B K"]) -> Context:
+        """The context of the tokens at ``places`` alone, which rise along each row."""
+
+        def at(t: Array | None) -> Array | None:
+            return None if t is None else jnp.take_along_axis(t, places, axis=1)
+
+        ids, continues = at(self.segment_ids), self.continues
+        if ids is not None and continues is not None:  # where none of the carried segment is left
+            first = jnp.take_along_axis(ids, jnp.argmax(ids != 0, axis=1)[:, None], axis=1)[:, 0]
+            continues = continues & (first <= 1)
+        return dataclasses.replace(
+            self,
+            positions=jnp.take_along_axis(self.positions, places, axis=1),
+            segment_ids=ids,
+            continues=continues,
+            prefix=at(self.prefix),
+        )
+
     def count(self, flags: Bool[Array, "B L"]) -> Int[Array, "B L"]:
         """How many ``flags`` are set up to each token in time, its own included; int32."""
         in_time = time_order.restore(flags, self.sequence_layout)

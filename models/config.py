@@ -5,6 +5,7 @@ import dataclasses
 
 from layers.attention import AttentionConfig
 from layers.cca import CCAConfig
+from layers.decimation import DecimateConfig
 from layers.dss import DSSConfig
 from layers.mamba import MambaConfig
 from layers.mamba2 import Mamba2Config
@@ -52,6 +53,7 @@ class LMConfig(MixerConfigs):
         remat: what the backward pass recomputes: "none", "dots" or "full".
         loss_chunks: pieces of the sequence the cross entropy is computed in, 0 for automatic.
         z_loss: weight of the squared log-normaliser added to the loss.
+        decimate: layers that drop tokens of a prompt; none by default.
     """
 
     vocab_size: int = 257
@@ -69,6 +71,7 @@ class LMConfig(MixerConfigs):
     remat: str = "none"
     loss_chunks: int = 0
     z_loss: float = 0.0
+    decimate: DecimateConfig = dataclasses.field(default_factory=DecimateConfig)
 
     @property
     def padded_vocab_size(self) -> int:
@@ -90,9 +93,19 @@ class LMConfig(MixerConfigs):
         """Whether the state needs room for every token: full attention caches them all, CCA their cores."""
         return "c" in self.layers or ("*" in self.layers and self.attention.window is None)
 
+    @property
+    def reads_whole(self) -> bool:
+        """Whether a prompt should be read in one piece."""
+        return bool(self.decimate.layers)
+
     def validate(self) -> None:
         """Raises ValueError naming the first field whose value cannot work, and what would."""
-        _ = self.layers
+        self.decimate.validate(self.layers)
+        if self.decimate.layers and type(self) is not LMConfig:
+            raise ValueError(
+                f"model.decimate.layers={self.decimate.layers}: a model with a memory around it reads in "
+                "segments of its own; use layers=()"
+            )
         for field, known in (
             ("norm", NORMS),
             ("remat", REMAT),

@@ -1,27 +1,58 @@
-"""DeciMamba (arXiv:2406.14528): prompts that become shorter from layer to layer."""
+"""DeciMamba (arXiv:2406.14528): a backbone in which prompts become shorter from layer to layer."""
 
-# No ``from __future__ import annotations`` here: command-line overrides read the field types at run time.
-import dataclasses
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from layers.decimation import DecimateConfig
+from layers.state_limits import take
+from layers.types import Context
+from models.backbone import Backbone, SubLayer
 
 
-@dataclasses.dataclass
-class DecimateConfig:
-    """Layers after which only the tokens that matter most to them go on.
+def read(
+    backbone: Backbone, config: DecimateConfig, x: Float[Array, "B L D"], states: Sequence[Any], ctx: Context
+) -> tuple[Float[Array, "B L D"], list[Any] | None, Bool[Array, "B L"]]:
+    """As ``backbone(x, states, ctx)``, decimated; and which tokens went through all layers.
 
-    Attributes:
-        layers: sub-layers of the pattern, counted from 0, that decimate; all Mamba or Mamba-2. () for none.
-        base: tokens that the first of them keeps (beside the tail).
-        beta: factor from each to the next.
-        minimum: tokens that all keep at least.
-        tail: last tokens of the prompt that are always kept: the question, and where the answer begins.
+    The residual stream of dropped tokens is zero. Their convolution tails are those of all tokens up to the
+    layer that dropped them.
     """
+    batch, length, _ = x.shape
+    places = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length))
+    after: list[list[list[Any]]] = []
+    index = 0
+    for run, run_states in zip(backbone.runs, states):
+        after.append([])
+        for repeat in range(run.repeats):
+            layers = run.layers
+            if run.repeats > 1:
+                layers = jax.tree.map(lambda t, i=repeat: t[i], layers)
+            after[-1].append([])
+            for layer, state in zip(layers, run_states[repeat]):
+                keep = x.shape[1]
+                if index in config.layers:
+                    keep = config.keep(config.layers.index(index), max(keep - config.tail, 0))
+                if keep + config.tail < x.shape[1]:
+                    x, state, ctx, chosen = _decimated(layer, x, state, ctx, keep, config.tail)
+                    places = take(places, chosen)
+                else:
+                    x, state = layer(x, state, ctx)
+                after[-1][-1].append(state)
+                index += 1
+    rows = jnp.arange(batch)[:, None]
+    whole = jnp.zeros((batch, length, x.shape[2]), x.dtype).at[rows, places].set(x)
+    return whole, after, jnp.zeros((batch, length), bool).at[rows, places].set(True)
 
-    layers: tuple[int, ...] = ()
-    base: int = 2000
-    beta: float = 0.5
-    minimum: int = 20
-    tail: int = 16
 
-    def keep(self, stage: int, length: int) -> int:
-        """Of ``length`` tokens that may be dropped, how many the ``stage``-th of the layers keeps."""
-        return min(length, int(max(min(length, self.base * self.beta**stage), self.minimum)))
+def _decimated(layer: SubLayer, x: Array, state: Any, ctx: Context, keep: int, tail: int) -> tuple:
+    """``layer(x, state, ctx)`` on the tokens it keeps, their context, and their places."""
+    inner = layer.norm(x, dtype=jnp.dtype(layer.dtype))
+    y, state, places = layer.mixer.decimated(inner, state, ctx, keep, tail)
+    x = take(x, places)
+    return x + y.astype(x.dtype), state, ctx.take(places), places

@@ -13,6 +13,7 @@ from layers.embedding import Embedding
 from layers.norm import NORMS
 from layers.param import Initializer, Linear, normal
 from layers.types import Context, State
+from models import decimate
 from models.backbone import Backbone
 from models.config import LMConfig
 from pallas_kernels import spmd, time_order
@@ -73,6 +74,9 @@ class LM(nnx.Module):
                 and results are in the order of time, but for ``out["arranged"]``: the hidden states as they
                 were computed, for who can do with that order and saves the way back.
             static: further fields of ``Context``.
+
+        With ``config.decimate``, the layers that follow do not read all of a prompt: ``out["kept"]`` [B, L]
+        tells which tokens have hidden states.
         """
         batch, length = tokens.shape
         segment_ids = None if segment_ids is None else spmd.replicate_time(segment_ids)
@@ -92,11 +96,16 @@ class LM(nnx.Module):
             tokens, ctx = time_order.arrange_sharded(tokens, layout), ctx.arranged(layout)
         dtype = jnp.dtype(self.config.dtype)
         x = self.embed(tokens, ctx.positions, dtype).astype(self.config.residual_dtype)
-        x, layers = self.backbone(spmd.shard_activations(x), None if state is None else state["layers"], ctx)
+        x, more = spmd.shard_activations(x), dict[str, Any]()
+        states = None if state is None else state["layers"]
+        if self.config.decimate.layers and states is not None and length > 1:
+            x, layers, more["kept"] = decimate.read(self.backbone, self.config.decimate, x, states, ctx)
+        else:
+            x, layers = self.backbone(x, states, ctx)
         arranged = self.norm(x, dtype=dtype)
         hidden, residual = (time_order.restore_sharded(t, layout) for t in (arranged, x))
         after = None if state is None else {"layers": layers, **_last(state, segment_ids, in_time)}
-        return hidden, after, {"residual": residual, "arranged": arranged}
+        return hidden, after, {"residual": residual, "arranged": arranged, **more}
 
     def logits(self, hidden: Float[Array, "*b D"]) -> Float[Array, "*b V"]:
         """Unnormalised log-probabilities, float32 or wider; ids that only pad the vocabulary get -1e30."""

@@ -25,7 +25,8 @@ def token_nll(
     """Nats and log-normaliser of every target of a token batch, float32, and the state carried on.
 
     Args:
-        batch: ``tokens``, ``targets``, ``segment_ids`` and ``positions``, int32 [B, L].
+        batch: ``tokens``, ``targets``, ``segment_ids`` and ``positions``, int32 [B, L]; and ``prefix``, bool,
+            where some tokens may be read both ways (``layers.types.Context``).
         state: what the rows continue; None for nothing, and then none is returned.
         chunks: as for :func:`chunked_cross_entropy`.
         sequence_layout: order to compute in, as for the model. What is returned is in the order of time.
@@ -36,6 +37,7 @@ def token_nll(
         segment_ids=batch["segment_ids"],
         positions=batch["positions"],
         sequence_layout=sequence_layout,
+        **({"prefix": batch["prefix"]} if "prefix" in batch else {}),
     )
     layout = time_order.usable(sequence_layout, batch["targets"].shape[1])
     targets = time_order.arrange_sharded(batch["targets"], layout)

@@ -6,11 +6,10 @@ import numpy as np
 import pytest
 
 from layers import longmamba
-from layers.decimation import importance, kept_places
+from layers.decimation import DecimateConfig, importance, kept_places
 from layers.polarised import polarised
 from layers.prefix_scan import prefix_ssd
 from layers.state_limits import capped_ssd, windowed_ssd
-from models.decimate import DecimateConfig
 from pallas_kernels.selective_scan import selective_scan
 from pallas_kernels.ssd import ssd_core
 from tests.conftest import GOLDEN
