@@ -60,7 +60,7 @@ def legend(chart: Chart) -> list[tuple[str, str]]:
 def key(series: Series) -> str:
     """What the line looks like, as a small ``<svg>``."""
     band = '<rect class="band" x="1" y="1" width="30" height="12"/>' if series.low is not None else ""
-    line = f'<path class="line" d="M1 7H31"/>{_mark(series, 16, 7)}'
+    line = ('<path class="line" d="M1 7H31"/>' if series.line else "") + _mark(series, 16, 7)
     return f'<svg class="key {_style(series)}" viewBox="0 0 32 14" aria-hidden="true">{band}{line}</svg>'
 
 
@@ -150,7 +150,8 @@ def _series(series: Series, to_x: Scale, to_y: Scale, several: bool) -> str:
         there = " ".join(f"{to_x(x):.1f},{to_y(b):.1f}" for x, _, b in edges)
         back = " ".join(f"{to_x(x):.1f},{to_y(a):.1f}" for x, a, _ in reversed(edges))
         parts.append(f'<polygon class="band" points="{there} {back}"/>')
-    parts.append(f'<path class="line" d="{line}"/>')
+    if series.line:
+        parts.append(f'<path class="line" d="{line}"/>')
     if series.marks and not series.thin:
         parts += [_mark(series, to_x(x), to_y(y)) for x, y in points]
     elif several and not series.thin:

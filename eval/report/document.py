@@ -22,6 +22,7 @@ class Series:
         dash: number of the dash pattern; None for that of the colour.
         marks: mark every point; for few measured points. Otherwise a few marks tell lines apart.
         thin: a line in the background, such as one seed beside the mean of several.
+        line: join the points; False for measured points beside the law that was fitted to them.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Series:
     dash: int | None = None
     marks: bool = False
     thin: bool = False
+    line: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +57,28 @@ class Chart:
     log_x: bool = False
     y_range: tuple[float, float] | None = None
     kind: Literal["chart"] = dataclasses.field(default="chart", init=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class HeatMap:
+    """A number for each of some columns and rows, as a shade and in digits.
+
+    Attributes:
+        x, y: names of the columns and, from the top, of the rows.
+        values: [row][column]; what is not finite is left blank.
+        low, high: of the lightest and the darkest shade.
+    """
+
+    title: str
+    xlabel: str
+    ylabel: str
+    x: Sequence[str]
+    y: Sequence[str]
+    values: Sequence[Sequence[float]]
+    low: float = 0.0
+    high: float = 1.0
+    caption: str = ""
+    kind: Literal["heatmap"] = dataclasses.field(default="heatmap", init=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +119,7 @@ class Section:
     """A heading, a sentence, and what is below it."""
 
     title: str
-    blocks: Sequence[Table | Chart | Text]
+    blocks: Sequence[Table | Chart | HeatMap | Text]
     lead: str = ""
 
 

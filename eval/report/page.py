@@ -11,7 +11,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from eval.report import charts, words
+from eval.report import charts, heatmaps, words
 from eval.report.document import Report, Series
 
 HERE = pathlib.Path(__file__).parent
@@ -29,6 +29,7 @@ def render(report: Report, data_name: str = "") -> str:
     environment.filters["groupby_order"] = neighbours
     environment.globals |= {
         "draw": charts.draw,
+        "draw_heatmap": heatmaps.draw,
         "legend": charts.legend,
         "key": _key,
         "missing": words.MISSING,

@@ -1,0 +1,96 @@
+"""Which architectures recall? MQAR, copying and a phone book at equal parameters; Mamba-2 by state size.
+
+Command: ``python -m tools.sweep --study=configs/sweeps/architectures_recall.py:cpu --workdir=studies/recall``
+Presets: smoke (MQAR, three architectures, a small sweep of the state), cpu (every task and architecture on
+    small sizes, hours on 2 cores), full (published sizes, a GPU).
+Learning rates: a grid for each architecture and task with the first seed, chosen by validation accuracy; the
+    other state sizes of Mamba-2 take the rate of the one that is compared.
+Parameters: equal within 5 % in a task; the width of the MLP evens them out.
+"""
+
+from configs.study import Arm, Study
+
+ARCHITECTURES = ("attention", "mamba2", "hybrid", "s4d", "s5", "cca")
+# Width of the MLPs that evens out the parameters, by d_model, then by kind of mixer.
+HIDDEN = {
+    64: {"attention": 176, "mamba2": 80, "hybrid": 128, "s4d": 152, "s5": 196, "cca": 176, "mamba": 88},
+    128: {"attention": 324, "mamba2": 188, "hybrid": 256, "s4d": 344, "s5": 364, "cca": 324, "mamba": 192},
+}
+D_STATE = 64  # of the Mamba-2 that is compared with the others
+METRIC = "validation/accuracy"
+
+
+def get_study(preset: str = "smoke") -> Study:
+    """Raises ValueError for a preset that does not exist."""
+    if preset == "smoke":
+        short = {"train.steps": 600, "train.eval_every": 150, "checkpoint.every": 300}
+        few = ("attention", "mamba2", "hybrid")
+        arms = _task("mqar", "configs/mqar.py:smoke", 64, few, (1.0,), (0,), (4, 16), short)
+    elif preset == "cpu":
+        recipes = {task: f"configs/{task}.py:smoke" for task in ("mqar", "copying", "phonebook")}
+        arms = [
+            arm
+            for task, spec in recipes.items()
+            for arm in _task(task, spec, 64, ARCHITECTURES, (0.3, 1.0), (0, 1), (4, 16, 128), {})
+        ]
+    elif preset == "full":
+        recipes = {
+            "mqar": "configs/mqar.py:based",
+            "copying": "configs/copying.py:repeat",
+            "phonebook": "configs/phonebook.py:standard",
+        }
+        arms = [
+            arm
+            for task, spec in recipes.items()
+            for arm in _task(task, spec, 128, ARCHITECTURES, (0.3, 1.0, 3.0, 10.0), (0, 1, 2), STATES, {})
+        ]
+    else:
+        raise ValueError(f"configs/sweeps/architectures_recall.py:{preset}: use smoke, cpu or full")
+    return Study(
+        name=f"architectures_recall:{preset}",
+        question=(
+            "Which architectures find again what they have read, at equal parameters; and does a larger "
+            "recurrent state find more?"
+        ),
+        analysis="recall",
+        arms=tuple(arms),
+    )
+
+
+STATES = (8, 16, 32, 128, 256)
+
+
+def _task(task, spec, d_model, kinds, rates, seeds, states, overrides) -> list[Arm]:
+    """The architectures on one task, then Mamba-2 with other states."""
+    common = {"metric": METRIC, "best": "max", "seeds": seeds}
+    arms = [
+        Arm(
+            name=f"{task}_{kind}",
+            config=f"{spec},{kind}",
+            overrides=overrides | {"model.mlp.hidden": HIDDEN[d_model][kind]},
+            factors={"task": task, "architecture": kind, "compared": True}
+            | ({"d_state": D_STATE} if kind == "mamba2" else {}),
+            rates=rates,
+            **common,
+        )
+        for kind in kinds
+    ]
+    for d_state in states:
+        settings = {"model.mamba2.d_state": d_state, "model.mlp.hidden": _hidden(d_model, d_state)}
+        arms.append(
+            Arm(
+                name=f"{task}_mamba2_N{d_state}",
+                config=f"{spec},mamba2",
+                overrides=overrides | settings,
+                factors={"task": task, "architecture": "mamba2", "d_state": d_state},
+                rate_of=f"{task}_mamba2",
+                **common,
+            )
+        )
+    return arms
+
+
+def _hidden(d_model: int, d_state: int) -> int:
+    """B and C of a layer have 2 (d_model + 5) parameters for each dimension of the state, the convolution's
+    taps and bias among them; an MLP has 3 d_model for each of its width."""
+    return HIDDEN[d_model]["mamba2"] - round((d_state - D_STATE) * 2 * (d_model + 5) / (3 * d_model))

@@ -1,0 +1,286 @@
+"""Sweeps: rates, then seeds, then examinations; what ends badly or is interrupted loses nothing else."""
+
+import json
+import math
+import os
+import signal
+import time
+
+import pytest
+from rich.console import Console
+
+from configs import study as studies
+from configs.base import ConfigError
+from configs.study import Arm, Examination, Study
+from eval import run as examine
+from eval.opened import load_config
+from tests.experiments import write_corpus
+from tools.sweep import __main__ as command
+from tools.sweep import gather, plan
+from tools.sweep.launch import LocalProcesses
+from tools.sweep.plan import Exam
+
+EXAM = Examination(("bits_per_byte",))
+QUIET = Console(quiet=True)
+
+
+@pytest.fixture(scope="module")
+def spec(tmp_path_factory):
+    """A config whose corpus nothing reads before training."""
+    return f"tests/tiny_config.py:{tmp_path_factory.mktemp('data') / 'corpus'}"
+
+
+def study_of(spec, *arms, **more):
+    arms = arms or (
+        Arm("a", spec, {"model.pattern": "-"}, {"task": "lm", "share": 0}, (1.0, 2.0, 4.0), seeds=(0, 1)),
+        Arm("b", spec, {"model.pattern": "*"}, {"task": "lm", "share": 1}, rate_of="a", examinations=(EXAM,)),
+    )
+    return Study("small", "Is it?", "hybrid_ratio", arms, **more)
+
+
+class Fake:
+    """Ends each job at once: leaves what a training or a probe leaves, unless its name is to fail."""
+
+    def __init__(self, study, root, losses=None, fail=(), slots=1):
+        self.study, self.root, self.losses, self.fail = study, root, losses or {}, fail
+        self.slots, self.commands, self.codes, self.stopped = slots, [], {}, False
+
+    def start(self, name, argv, log):
+        assert len(self.codes) < self.slots
+        self.commands.append(name)
+        log.parent.mkdir(parents=True, exist_ok=True)
+        log.write_text("something broke\n" if name in self.fail else "")
+        self.codes[name] = int(name in self.fail)
+        outcomes = command.found(self.study, self.root)
+        job = next(job for job in plan.jobs(self.study, self.root, outcomes) if job.name == name)
+        if name in self.fail:
+            return
+        if isinstance(job, Exam):
+            (directory := job.out / "2").mkdir(parents=True)
+            settings = {"probe": "bits_per_byte", "config": "tiny", "settings": {}, "seconds": 1.0}
+            (directory / "bits_per_byte.json").write_text(json.dumps(settings | {"numbers": {"answer": 42}}))
+            return
+        job.workdir.mkdir(parents=True)
+        (job.workdir / "config.json").write_text(job.config.to_json())
+        loss = self.losses.get(name, 1.0)
+        result = {"step": 2, "validation/loss": loss, "validation/bits_per_byte": loss / math.log(2)}
+        (job.workdir / "result.json").write_text(json.dumps(result))
+        records = [{"step": step, "seconds/total": 3.0 * step} for step in (1, 2)]
+        (job.workdir / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+
+    def ended(self):
+        codes, self.codes = self.codes, {}
+        return codes
+
+    def stop(self):
+        self.stopped = True
+
+
+LOSSES = {"a/rate1_seed0": 2.0, "a/rate2_seed0": 1.5, "a/rate4_seed0": math.nan}
+
+
+def test_rates_then_seeds_then_examinations_and_nothing_twice(spec, tmp_path):
+    study = study_of(spec)
+    fake = Fake(study, tmp_path, LOSSES, slots=2)
+    outcomes = command.run(study, tmp_path, fake, QUIET)
+    assert fake.commands[:3] == ["a/rate1_seed0", "a/rate2_seed0", "a/rate4_seed0"]
+    assert set(fake.commands[3:]) == {"a/rate2_seed1", "b/rate2_seed0", "b/rate2_seed0/eval"}
+    assert len(fake.commands) == study.runs + study.examinations and all(o.ok for o in outcomes.values())
+    config = load = json.loads((tmp_path / "runs/a/rate2_seed1/config.json").read_text())
+    assert config["optim"]["lr"] == 6e-3 and config["model"]["pattern"] == "-"
+    assert config["train"]["seed"] == config["task"]["seed"] == 1 and load["name"] == "a"
+
+    data = json.loads((tmp_path / "study.json").read_text())["data"]
+    assert data["tried"] == {"a": {"1": 2.0, "2": 1.5, "4": "nan"}}
+    assert [(r["arm"], r["seed"], r["rate"]) for r in data["records"]] == [
+        ("a", 0, 2.0),
+        ("a", 1, 2.0),
+        ("b", 0, 2.0),
+    ]
+    assert data["records"][2]["probes"] == {"": {"bits_per_byte": {"answer": 42}}}
+    assert (tmp_path / "study.html").exists() and list((tmp_path / "pictures").glob("*.png"))
+
+    again = Fake(study, tmp_path)
+    assert command.run(study, tmp_path, again, QUIET).keys() == outcomes.keys() and not again.commands
+
+
+def test_a_failure_is_told_loses_nothing_else_and_is_tried_again(spec, tmp_path):
+    study = study_of(spec)
+    fake = Fake(study, tmp_path, LOSSES, fail=("a/rate2_seed0", "b/rate1_seed0/eval"))
+    outcomes = command.run(study, tmp_path, fake, QUIET)
+    assert "b/rate1_seed0/eval" in fake.commands, "the best of the rates that ended well"
+    assert "something broke" in outcomes["a/rate2_seed0"].why
+    state = json.loads((tmp_path / "sweep.json").read_text())
+    assert state["a/rate2_seed0"]["state"] == "failed" and state["a/rate1_seed0"]["seconds"] == 6.0
+    notes = json.loads((tmp_path / "study.json").read_text())["notes"]
+    assert any("a/rate2_seed0 failed: exit code 1" in note for note in notes)
+    mended = Fake(study, tmp_path, LOSSES)
+    command.run(study, tmp_path, mended, QUIET)
+    assert mended.commands[0] == "a/rate2_seed0" and "b/rate2_seed0/eval" in mended.commands
+
+
+def test_a_run_with_other_settings_is_refused_not_mixed(spec, tmp_path):
+    arm = Arm("a", spec, {"model.pattern": "-"})
+    study = study_of(spec, arm)
+    command.run(study, tmp_path, Fake(study, tmp_path), QUIET)
+    other = study_of(spec, Arm("a", spec, {"model.pattern": "-", "train.steps": 9}))
+    fake = Fake(other, tmp_path)
+    outcomes = command.run(other, tmp_path, fake, QUIET)
+    assert not fake.commands and "train.steps: 8 -> 9" in outcomes["a/rate1_seed0"].why
+
+
+def test_a_run_starts_from_that_of_its_source_with_the_same_seed(spec, tmp_path):
+    longer = Arm(
+        "longer",
+        "configs/continue_long.py:{source},64",
+        source="a",
+        seeds=(0, 1),
+        overrides={"task.packing": "stream"},
+    )
+    study = study_of(spec, Arm("a", spec, {"model.pattern": "M"}, seeds=(0, 1)), longer)
+    fake = Fake(study, tmp_path)
+    command.run(study, tmp_path, fake, QUIET)
+    config = load_config(tmp_path / "runs/longer/rate1_seed1")
+    assert config.init_from == str(tmp_path / "runs/a/rate1_seed1")
+    assert (config.task.seq_len, config.task.seed, config.optim.lr) == (64, 1, pytest.approx(3e-4))
+
+
+def test_an_interruption_stops_the_jobs_and_reports_what_there_is(spec, tmp_path):
+    study = study_of(spec)
+
+    class Interrupted(Fake):
+        def ended(self):
+            if len(self.commands) == 2:
+                raise KeyboardInterrupt
+            return super().ended()
+
+    fake = Interrupted(study, tmp_path, LOSSES)
+    with pytest.raises(KeyboardInterrupt):
+        command.run(study, tmp_path, fake, QUIET)
+    assert fake.stopped and "0 of 3 runs" in json.loads((tmp_path / "study.json").read_text())["notes"][0]
+
+
+def test_a_dry_run_lists_commands_and_numbers(spec, tmp_path, capsys):
+    (tmp_path / "s.py").write_text(
+        "from configs.study import *\n"
+        f"def get_study(arg='x'):\n return Study(arg, '?', 'recall', (Arm('a', {spec!r}, rates=(1.0, 0.5), "
+        "seeds=(0, 1), examinations=(Examination(('bits_per_byte',)),)),))\n"
+    )
+    command.main([f"--study={tmp_path}/s.py:mine", f"--workdir={tmp_path}/w", "--dry-run"])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3 and lines[1].startswith(
+        f"python train.py --config={spec} --workdir={tmp_path}/w/runs/a/rate0.5"
+    )
+    assert "--config.optim.lr=0.0015" in lines[1]
+    assert lines[2].startswith("# mine: 3 trainings of 1 arms and 2 examinations, 0 done")
+    assert not (tmp_path / "w").exists()
+
+
+def test_an_examination_with_a_mitigation_has_its_own_place(spec, tmp_path):
+    window = Examination(
+        ("bits_per_byte",), ("length_extrapolation.rows=8",), ("model.attention.window=8",), "window"
+    )
+    (run,) = plan.jobs(study_of(spec, Arm("a", spec)), tmp_path, {})
+    out = tmp_path / "runs/a/rate1_seed0/eval_window"
+    assert Exam(run, window).argv == (
+        *("-m", "eval.run", f"--workdir={run.workdir}", "--probes=bits_per_byte"),
+        *("--set=length_extrapolation.rows=8", "--override=model.attention.window=8", f"--out={out}"),
+    )
+
+
+@pytest.mark.parametrize(
+    ("arms", "message"),
+    [
+        ([], "has no arms"),
+        ([Arm("a", "x"), Arm("a", "x")], "arm name 'a' should be given once"),
+        ([Arm("a/b", "x")], "without /"),
+        ([Arm("a", "x", rates=(1.0, 1.0))], "arm a: rates="),
+        ([Arm("a", "x", best="most")], "best='most'"),
+        ([Arm("a", "x", rate_of="b")], "rate_of='b' is no arm before it"),
+        ([Arm("a", "x:{source}")], "a source is read where"),
+        ([Arm("a", "x", examinations=(EXAM, EXAM))], "should be different"),
+        ([Arm("a", "x", examinations=(Examination(("p",), overrides=("q=1",)),))], "needs a name"),
+    ],
+)
+def test_a_study_that_cannot_work_is_refused(arms, message):
+    with pytest.raises(ConfigError, match=message):
+        Study("s", "", "recall", tuple(arms)).validate()
+
+
+def test_what_is_misspelt_is_answered_before_anything_runs(spec, tmp_path):
+    with pytest.raises(FileNotFoundError, match="no file configs/sweeps/no.py; there are configs/sw"):
+        studies.load("configs/sweeps/no.py")
+    for arm, message in (
+        (Arm("a", spec, {"model.patern": "-"}), "arm a: 'model.patern=.*such as model.pattern"),
+        (Arm("a", "configs/no.py"), "arm a: --config=configs/no.py: no file"),
+        (Arm("a", spec, examinations=(Examination(("bits",)),)), "there is no probe 'bits'"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            command.run(study_of(spec, arm), tmp_path, Fake(None, tmp_path), QUIET)
+    study = study_of(spec, Arm("a", spec, rates=(1.0, 2.0), metric="validation/accuracy"))
+    with pytest.raises(
+        ConfigError, match="validation/accuracy' is not in the results; there are validation/loss"
+    ):
+        command.run(study, tmp_path, Fake(study, tmp_path), QUIET)
+
+
+def test_processes_tell_how_they_ended_and_are_stopped(tmp_path):
+    processes = LocalProcesses(2)
+    processes.start("bad", ("-c", "import sys; print('said'); sys.exit(3)"), tmp_path / "logs/bad.log")
+    processes.start("long", ("-c", "import time; time.sleep(60)"), tmp_path / "logs/long.log")
+    deadline = time.monotonic() + 20
+    while not (codes := processes.ended()) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert codes == {"bad": 3} and "said" in (tmp_path / "logs/bad.log").read_text()
+    process = processes._running["long"]
+    assert os.getpgid(process.pid) == process.pid, "Ctrl-C is for the sweep alone"
+    processes.stop()
+    assert process.returncode == -signal.SIGTERM and processes.ended() == {}
+
+
+@pytest.mark.slow
+def test_a_real_study_in_processes(tmp_path, monkeypatch):
+    """Two learning rates trained for two steps, the better examined: in this process, to save a start."""
+    monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")
+    corpus = write_corpus(tmp_path / "corpus")
+    small = {
+        "model.pattern": "-",
+        "model.d_model": 16,
+        "task.batch_size": 2,
+        "train.steps": 2,
+        "optim.schedule.warmup_steps": 1,
+        "checkpoint.every": 0,
+    }
+    arm = Arm(
+        "a",
+        f"tests/tiny_config.py:{corpus}",
+        small,
+        {"task": "lm", "share": 0},
+        (1.0, 0.5),
+        examinations=(EXAM,),
+    )
+
+    class Mixed(LocalProcesses):
+        def start(self, name, argv, log):
+            if argv[0] == "train.py":
+                return super().start(name, argv, log)
+            examine.main(argv[2:])
+            super().start(name, ("-c", ""), log)
+
+    study = study_of("", arm)
+    outcomes = command.run(study, tmp_path / "study", Mixed(2), QUIET)
+    assert [end.why for end in outcomes.values()] == [""] * 3
+    (record,) = gather.records(study, tmp_path / "study", outcomes)
+    again = record.probes[""]["bits_per_byte"]["validation/loss"]
+    assert again == pytest.approx(record.result["validation/loss"], rel=1e-4)
+    assert record.parameters > 0 and record.state_scalars == 0
+
+
+def test_numbers_in_the_state_are_counted_as_the_paper_does(spec, tmp_path):
+    study = study_of(spec, Arm("a", spec, {"model.pattern": "M*"}))
+    (run,) = plan.jobs(study, tmp_path, {})
+    mamba, attention = run.config.model.mamba2, run.config.model.attention
+    inner = 2 * run.config.model.d_model
+    ssm = inner * mamba.d_state + 3 * (inner + 2 * mamba.n_groups * mamba.d_state)
+    caches = 2 * min(attention.window, run.config.task.seq_len) * attention.num_kv_heads * attention.head_dim
+    assert gather.size_of(run.config)[1] == ssm + caches

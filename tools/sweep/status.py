@@ -1,0 +1,108 @@
+"""What became of a job, as its files tell; nothing else is kept: a study goes on from whatever is there."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from etils import epath
+
+from configs import saved
+from configs.base import ConfigError
+from eval import curves, probes
+from eval.run import is_done
+from runtime import run_record
+from tools.sweep.plan import Exam, Job, Outcome, Run
+
+SAID = 400  # characters of a log's end that tell why a job failed
+
+
+def found(job: Job) -> Outcome | None:
+    """How the job ended, if its results are there; None if it is to be run, or to go on."""
+    return _trained(job) if isinstance(job, Run) else _examined(job)
+
+
+def ended(job: Job, code: int, log: Path, seconds: float) -> Outcome:
+    """How it ended: well if its results are there, whatever its exit code; else with the end of its log."""
+    there = found(job)
+    if there is not None:
+        return there
+    text = log.read_text(errors="replace").strip()[-SAID:] if log.exists() else ""
+    return Outcome(f"exit code {code}, results are missing; {log} ends with: {text}", seconds)
+
+
+def failures(root: Path) -> dict[str, Outcome]:
+    """Those that the last sweep recorded; they may have been mended since."""
+    states = _json(root / "sweep.json") or {}
+    return {name: Outcome(state["why"]) for name, state in states.items() if state.get("state") == "failed"}
+
+
+def step_of(run: Run) -> int:
+    """That a training has recorded last, 0 if none."""
+    path = run.workdir / "metrics.jsonl"
+    if not path.exists():
+        return 0
+    with path.open("rb") as file:  # the end is enough: records are small
+        file.seek(max(path.stat().st_size - 20_000, 0))
+        lines = file.read().split(b"\n")
+    for line in reversed(lines):
+        try:
+            return int(json.loads(line)["step"])
+        except (ValueError, KeyError, TypeError):
+            continue
+    return 0
+
+
+def _trained(run: Run) -> Outcome | None:
+    old = run_record.load_config(run.workdir)
+    if old is None:
+        return None
+    try:
+        before = saved.from_json(old, str(run.workdir / "config.json")).to_json()
+    except ConfigError as error:
+        return Outcome(str(error))
+    changes = run_record.explain_config_change(before, run.config.to_json())
+    if changes:
+        return Outcome(
+            f"{run.workdir} was trained with other settings ({'; '.join(changes[:4])}): remove it, or give "
+            "another --workdir"
+        )
+    result = _json(run.workdir / "result.json")
+    if not isinstance(result, dict):
+        return None
+    return Outcome(seconds=_seconds(run.workdir / "metrics.jsonl"), result=result)
+
+
+def _examined(exam: Exam) -> Outcome | None:
+    """Done if each probe has a record for the last step with these settings, without an error."""
+    step = (_json(exam.run.workdir / "result.json") or {}).get("step")
+    given = exam.examination
+    seconds = 0.0
+    for probe in probes.choose(",".join(given.probes), given.settings):
+        if not is_done(probe, epath.Path(exam.out / str(step))):
+            return None
+        record = _json(exam.out / str(step) / f"{probe.name}.json")
+        if not record["config"].endswith(", ".join(given.overrides)):
+            return None
+        seconds += record["seconds"]
+    return Outcome(seconds=seconds)
+
+
+def _seconds(path: Path) -> float:
+    """Of the training, over all of its starts."""
+    total = last = 0.0
+    for record in curves.read_records(path) if path.exists() else []:
+        now = record.get("seconds/total", last)
+        if now < last:  # the clock began anew: the run was resumed
+            total += last
+        last = now
+    return total + last or math.nan
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
