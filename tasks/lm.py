@@ -160,6 +160,8 @@ class LMTask:
         """
         nats, count = self.loss(output, batch)
         metrics = {"loss": (nats, count)}
+        if "hits" in output:  # answers alone
+            return metrics | answer_metrics(output, batch)
         if self.byte_lengths is not None:
             sizes = jnp.asarray(self.byte_lengths, jnp.float32)[jnp.asarray(batch["targets"])]
             metrics["bits_per_byte"] = (nats / math.log(2), jnp.sum(sizes * batch["weights"]))

@@ -109,12 +109,13 @@ def _haystack(task: Needles, request: Request) -> tuple[list[str], str]:
         return pieces(request.text(sentences)), " "
     if task.haystack == "noise":
         return [GRASS] * (request.length * 8 // len(GRASS) + 1), "\n"
-    count = request.length // 8  # a needle has more tokens
-    more = (
-        NEEDLE.format(kind=task.values, key=_key(task, request), value=_value(task, request))
-        for _ in range(count + 1)
-    )
-    return list(more), " "
+
+    def needle() -> str:
+        return NEEDLE.format(kind=task.values, key=_key(task, request), value=_value(task, request))
+
+    first = needle()
+    count = 4 * request.length // (3 * len(request.tokenizer.encode(first)))  # none is a third shorter
+    return [first, *(needle() for _ in range(count))], " "
 
 
 def _key(task: Needles, request: Request) -> str:

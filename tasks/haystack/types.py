@@ -96,7 +96,12 @@ def different(draw: Callable[[], str], count: int) -> list[str]:
 
 
 def largest(
-    build: Callable[[int], T], tokens: Callable[[T], int], limit: int, upper: int, each: float, name: str
+    build: Callable[[int], T],
+    tokens: Callable[[T], int],
+    limit: int,
+    upper: int,
+    each: int | float,
+    name: str,
 ) -> T:
     """``build(size)`` of the largest size in 0..upper that has at most ``limit`` tokens.
 
