@@ -27,12 +27,14 @@ class Examination:
         settings: of them, such as "passkey.keys=32".
         overrides: of the run's config, for what has no parameters: a mitigation that is switched on.
         name: told apart from the other examinations of the run; "" only without overrides.
+        calibrated: what is switched on needs values that `eval.calibrate` measures on the run first.
     """
 
     probes: tuple[str, ...]
     settings: tuple[str, ...] = ()
     overrides: tuple[str, ...] = ()
     name: str = ""
+    calibrated: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +98,11 @@ class Study:
 
     @property
     def examinations(self) -> int:
-        return sum(len(arm.seeds) * len(arm.examinations) for arm in self.arms)
+        """How many there will be, calibrations among them."""
+        return sum(
+            len(arm.seeds) * (len(arm.examinations) + any(e.calibrated for e in arm.examinations))
+            for arm in self.arms
+        )
 
     def validate(self) -> None:
         """Raises ConfigError naming the arm and the field that cannot work."""

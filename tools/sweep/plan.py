@@ -79,7 +79,22 @@ class Exam:
         return ("-m", "eval.run", f"--workdir={where}", f"--probes={','.join(given.probes)}", *settings)
 
 
-Job = Run | Exam
+@dataclasses.dataclass(frozen=True)
+class Calibration:
+    """What some examinations of a finished run need (`eval.calibrate`)."""
+
+    run: Run
+
+    @property
+    def name(self) -> str:
+        return f"{self.run.name}/calibration"
+
+    @property
+    def argv(self) -> tuple[str, ...]:
+        return ("-m", "eval.calibrate", f"--workdir={self.run.workdir}")
+
+
+Job = Run | Exam | Calibration
 
 
 def jobs(study: Study, root: Path, outcomes: Mapping[str, Outcome]) -> Iterator[Job]:
@@ -107,8 +122,8 @@ def jobs(study: Study, root: Path, outcomes: Mapping[str, Outcome]) -> Iterator[
                 final.append(run)
                 yield run
         for run in final:
-            if run.name in outcomes and outcomes[run.name].ok:
-                yield from (Exam(run, examination) for examination in arm.examinations)
+            if _well(run, outcomes):
+                yield from _examinations(run, outcomes)
 
 
 def chosen(study: Study, arm: Arm, outcomes: Mapping[str, Outcome]) -> float | None:
@@ -175,6 +190,19 @@ def row_length(config: Any) -> int:
 def command(job: Job) -> str:
     """As it would be typed."""
     return shlex.join(["python", *job.argv])
+
+
+def _examinations(run: Run, outcomes: Mapping[str, Outcome]) -> Iterator[Job]:
+    calibration = Calibration(run)
+    if any(examination.calibrated for examination in run.arm.examinations):
+        yield calibration
+    for examination in run.arm.examinations:
+        if not examination.calibrated or _well(calibration, outcomes):
+            yield Exam(run, examination)
+
+
+def _well(job: Job, outcomes: Mapping[str, Outcome]) -> bool:
+    return job.name in outcomes and outcomes[job.name].ok
 
 
 def _rates(study: Study, arm: Arm, outcomes: Mapping[str, Outcome]) -> list[float]:

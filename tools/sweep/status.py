@@ -12,15 +12,18 @@ from etils import epath
 from configs import saved
 from configs.base import ConfigError
 from eval import curves, probes
+from eval.calibrated import FILE
 from eval.run import is_done
 from runtime import run_record
-from tools.sweep.plan import Exam, Job, Outcome, Run
+from tools.sweep.plan import Calibration, Exam, Job, Outcome, Run
 
 SAID = 400  # characters of a log's end that tell why a job failed
 
 
 def found(job: Job) -> Outcome | None:
     """How the job ended, if its results are there; None if it is to be run, or to go on."""
+    if isinstance(job, Calibration):
+        return Outcome(seconds=0.0) if (job.run.workdir / FILE).exists() else None
     return _trained(job) if isinstance(job, Run) else _examined(job)
 
 

@@ -1,0 +1,62 @@
+"""Polarised channels of Mamba: does one that never forgets, or one that forgets at once, help recall?
+
+Command: ``python -m tools.sweep --study=configs/sweeps/polarisation.py:cpu --workdir=studies/polarisation``
+Presets: smoke (two layers, default and both, minutes), cpu (short rows, 2 and 4 layers, hours on 2 cores),
+    full (the set, sizes and rate of arXiv:2501.00658, a GPU).
+Learning rates: the paper's in full; else a grid of the default, of each depth, which the others take.
+Parameters: a channel is 1 of 16 dimensions of the state; all arms of a depth are equal within 5 %.
+"""
+
+from configs.study import Arm, Study
+
+CHANNELS = {
+    "default": {},
+    "zero": {"model.mamba.zeros": 1},
+    "one": {"model.mamba.ones": 1},
+    "both": {"model.mamba.ones": 1, "model.mamba.zeros": 1},
+}
+METRIC = "validation/accuracy"
+
+
+def get_study(preset: str = "smoke") -> Study:
+    """Raises ValueError for a preset that does not exist."""
+    small = {8: "validation/accuracy_64_8", 12: "validation/accuracy_64_12"}
+    if preset == "smoke":
+        short = {"train.steps": 1000, "train.eval_every": 250, "checkpoint.every": 500}
+        arms = _arms("configs/mqar.py:smoke", ("default", "both"), (2,), (1.0,), (0,), short)
+    elif preset == "cpu":
+        arms = _arms("configs/mqar.py:smoke", tuple(CHANNELS), (2, 4), (0.3, 1.0), (0, 1, 2), {})
+    elif preset == "full":
+        arms = _arms("configs/mqar.py:bottleneck", tuple(CHANNELS), (2, 4), (1.0,), (0, 1, 2), {})
+    else:
+        raise ValueError(f"configs/sweeps/polarisation.py:{preset}: use smoke, cpu or full")
+    pairs = {n: f"validation/accuracy_1024_{n}" for n in (64, 128, 256)} if preset == "full" else small
+    return Study(
+        name=f"polarisation:{preset}",
+        question=(
+            "State space models forget what is far away and smooth out what is near. Does a channel that "
+            "never forgets (A = 1), and one that remembers nothing (A = 0), make Mamba recall better, and "
+            "deeper Mamba useful?"
+        ),
+        analysis="polarisation",
+        arms=tuple(arms),
+        settings={"by_pairs": pairs},
+    )
+
+
+def _arms(spec, channels, depths, rates, seeds, overrides) -> list[Arm]:
+    return [
+        Arm(
+            name=f"{name}_{depth}",
+            config=f"{spec},{'m' * depth}",
+            overrides=overrides | CHANNELS[name],
+            factors={"channels": name, "depth": depth},
+            rates=rates,
+            rate_of="" if name == "default" else f"default_{depth}",
+            metric=METRIC,
+            best="max",
+            seeds=seeds,
+        )
+        for depth in depths
+        for name in channels
+    ]
