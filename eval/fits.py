@@ -160,7 +160,7 @@ def _draws(x: Points, different: int, resamples: int, seed: int) -> Iterator[np.
 def _spearman(x: Points, y: Points) -> float:
     if np.ptp(x) == 0 or np.ptp(y) == 0:
         return math.nan
-    return float(scipy.stats.spearmanr(x, y).statistic)
+    return float(np.corrcoef(scipy.stats.rankdata(x), scipy.stats.rankdata(y))[0, 1])
 
 
 def _solve_linear(x: Points, y: Points) -> tuple[float, float]:
@@ -173,15 +173,16 @@ def _solve_exponential(x: Points, y: Points) -> tuple[float, float, float]:
     start, span = x.min(), np.ptp(x)
     u = (x - start) / span
 
-    def residual(log_k: float) -> float:
-        basis = np.expm1(np.exp(log_k) * u)
-        a, b = _solve_linear(basis, y)
-        return float(np.sum((a * basis + b - y) ** 2))
+    def residual(k: Any) -> Any:
+        """Of the best a' and b' for each k."""
+        basis = np.expm1(np.multiply.outer(k, u))
+        basis -= basis.mean(axis=-1, keepdims=True)
+        explained = (basis @ (y - y.mean())) ** 2 / np.sum(basis**2, axis=-1)
+        return np.sum((y - y.mean()) ** 2) - explained
 
-    grid = np.log(GROWTH)
-    best = int(np.argmin([residual(k) for k in grid]))
-    bounds = grid[max(best - 1, 0)], grid[min(best + 1, len(grid) - 1)]
-    k = math.exp(scipy.optimize.minimize_scalar(residual, bounds=bounds, method="bounded").x)
+    best = int(np.argmin(residual(GROWTH)))
+    bounds = GROWTH[max(best - 1, 0)], GROWTH[min(best + 1, len(GROWTH) - 1)]
+    k = scipy.optimize.minimize_scalar(residual, bounds=bounds, method="bounded").x
     a, b = _solve_linear(np.expm1(k * u), y)
     # a' (e^(k u) - 1) + b' = a (c^x - 1) + b, with c^x = e^(k u) c^start.
     c = math.exp(k / span)

@@ -1,9 +1,9 @@
 """How much does a recurrent state hold? The protocol of Stuffed Mamba (arXiv:2410.07145), scaled down.
 
 Command: ``python -m tools.sweep --study=configs/sweeps/state_capacity.py:cpu --workdir=studies/capacity``
-Presets: smoke (2 state sizes x 3 lengths, few steps, minutes), cpu (5 x 6, many hours on 2 cores), full (up to
-    16K tokens, three seeds, a GPU).
-T_forget: Mamba-2 of configs/lm_stdlib.py with another d_state, trained on rows of T tokens of one stream, each
+Presets: smoke (2 state sizes x 3 lengths, few steps, minutes), cpu (5 x 6, many hours on 2 cores), full (up
+    to 16K tokens, three seeds, a GPU).
+T_forget: Mamba-2 of configs/lm_stdlib.py with another d_state, trained on rows of T tokens of a stream, each
     from an empty state (the paper carries states over 12 rows); then read at 64 T (state_collapse).
 T_recall: configs/passkey_stdlib.py with the same states; the longest context with keys found (passkey).
 Tokens a batch: the same at every length. Learning rates: a grid at the shortest length of each state size.
