@@ -56,8 +56,9 @@ def layer_name(depth: int, kind: str) -> str:
 
 
 def is_plain(model: Any) -> bool:
-    """Whether :func:`walk` computes what ``model`` does: a language model without a memory around it."""
-    return isinstance(model, LM) and type(model).__call__ is LM.__call__
+    """Whether :func:`walk` computes what ``model`` does: a language model without a memory around it, that
+    reads all tokens in all layers."""
+    return isinstance(model, LM) and type(model).__call__ is LM.__call__ and not model.config.decimate.layers
 
 
 def sub_layers(lm: LM) -> list[tuple[str, SubLayer]]:

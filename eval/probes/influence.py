@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 from matplotlib.figure import Figure
 
 from eval.opened import OpenRun
-from eval.probes.inside import plain_model, reach, standard_error, text_rows
+from eval.probes.inside import held_out, plain_model, reach, standard_error, trained_length
 from eval.probes.plot import plot_curves
 from eval.probes.types import Curve, NotApplicable, ProbeResult, Say
 from layers.types import Context
@@ -54,13 +54,13 @@ class Influence:
 
     def run(self, opened: OpenRun, say: Say) -> ProbeResult:
         plain_model(opened)
-        trained = opened.config.task.seq_len
-        length = reach(opened, round(self.factor * trained))
+        trained = trained_length(opened)
+        tokens = held_out(opened, reach(opened, round(self.factor * trained)), self.rows)
+        length = tokens.shape[1]
         if length < 4 * FIRST_LAG:
             raise NotApplicable(
                 f"a slope over lags from {FIRST_LAG} on takes {4 * FIRST_LAG} tokens, not {length}"
             )
-        tokens = text_rows(opened, length, self.rows)[:, :-1]
         say(f"{len(tokens)} rows of {length} tokens, {self.directions} directions")
         ends = {"last": length - 1, "middle": length // 2}
         found = self._influence(opened, tokens, np.array(list(ends.values())))

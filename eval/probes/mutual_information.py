@@ -50,7 +50,8 @@ class MutualInformation:
             raise ValueError(f"{self.name}: shortest >= 2, factor > 0 and 1 <= min_rows <= rows, got {self}")
 
     def run(self, opened: OpenRun, say: Say) -> ProbeResult:
-        task, trained = task_of(opened), opened.config.task.seq_len
+        task = task_of(opened)
+        trained = task.config.seq_len
         lengths = [trained]
         while lengths[0] % 2 == 0 and lengths[0] // 2 >= self.shortest:
             lengths.insert(0, lengths[0] // 2)

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 from matplotlib.figure import Figure
 
 from eval.opened import OpenRun
-from eval.probes.inside import plain_model, reach, spread, standard_error, text_rows
+from eval.probes.inside import held_out, plain_model, reach, spread, standard_error, trained_length
 from eval.probes.plot import plot_curves
 from eval.probes.types import Curve, NotApplicable, ProbeResult, Say
 from layers.attention import Attention
@@ -50,13 +50,14 @@ class ReceptiveField:
             raise ValueError(f"{self.name}: rows and factors should be positive, got {self}")
 
     def run(self, opened: OpenRun, say: Say) -> ProbeResult:
-        lm, trained = plain_model(opened), opened.config.task.seq_len
+        lm, trained = plain_model(opened), trained_length(opened)
         wanted = {f"{factor:g}x": round(factor * trained) for factor in sorted(self.factors)}
-        lengths = {name: n for name, n in wanted.items() if 2 <= n <= reach(opened, n)}
+        tokens = held_out(opened, reach(opened, max(wanted.values())), self.rows)
+        lengths = {name: n for name, n in wanted.items() if 2 <= n <= tokens.shape[1]}
         layers = {i: kind for i, (kind, layer) in enumerate(sub_layers(lm)) if _reads_back(layer.mixer)}
         if not layers or not lengths:
             raise NotApplicable(f"no layer of {lm.config.pattern!r} mixes tokens over lengths {wanted}")
-        tokens = text_rows(opened, max(lengths.values()), self.rows)[:, :-1]
+        tokens = tokens[:, : max(lengths.values())]
         say(f"{len(tokens)} rows of up to {tokens.shape[1]} tokens, {len(layers)} layers")
         program = _program(opened.model, tuple(lengths.values()))
         # One row at a time: the hidden attention of Mamba-1 has a number for each state, channel and token.

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 from matplotlib.figure import Figure
 
 from eval.opened import OpenRun
-from eval.probes.inside import is_recurrent, plain_model, reach, standard_error, text_rows
+from eval.probes.inside import held_out, is_recurrent, plain_model, reach, standard_error, trained_length
 from eval.probes.plot import plot_curves
 from eval.probes.types import Curve, ProbeResult, Say
 from layers.dynamics import Selective, read_out
@@ -56,9 +56,9 @@ class Smoothing:
             raise ValueError(f"{self.name}: rows and factor should be positive, got {self}")
 
     def run(self, opened: OpenRun, say: Say) -> ProbeResult:
-        lm, trained = plain_model(opened), opened.config.task.seq_len
-        length = max(reach(opened, round(self.factor * trained)), 2)
-        tokens = text_rows(opened, length, self.rows)[:, :-1]
+        lm, trained = plain_model(opened), trained_length(opened)
+        tokens = held_out(opened, max(reach(opened, round(self.factor * trained)), 2), self.rows)
+        length = tokens.shape[1]
         names = [layer_name(i, kind) for i, (kind, _) in enumerate(sub_layers(lm))]
         say(f"{len(tokens)} rows of {length} tokens, {len(names)} sub-layers")
         looks = jax.device_get(_program(opened.model)(opened.params, tokens))

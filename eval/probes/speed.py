@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 
 from eval.decode import PIECE
 from eval.opened import OpenRun
-from eval.probes.inside import reach
+from eval.probes.inside import reach, trained_length
 from eval.probes.plot import plot_curves
 from eval.probes.types import Curve, NotApplicable, ProbeResult, Say
 from models.functional import Functional
@@ -57,7 +57,7 @@ class Speed:
     def run(self, opened: OpenRun, say: Say) -> ProbeResult:
         if not isinstance(opened.model.bind(opened.model.shapes), LM):
             raise NotApplicable(f"nothing is decoded in a run of kind {opened.config.kind!r}")
-        trained, after = opened.config.task.seq_len, self.warmup + self.steps
+        trained, after = trained_length(opened), self.warmup + self.steps
         lengths, left_out = {}, {}
         for factor in sorted(self.factors):
             length = round(factor * trained)

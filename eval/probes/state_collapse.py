@@ -20,6 +20,7 @@ from eval.probes.inside import (
     spread,
     standard_error,
     text_rows,
+    trained_length,
 )
 from eval.probes.plot import plot_curves
 from eval.probes.state_watch import STATISTICS, Seen, watch
@@ -66,7 +67,7 @@ class StateCollapse:
                 raise ValueError(f"{self.name}.{field}={getattr(self, field)} should be at least {low}")
 
     def run(self, opened: OpenRun, say: Say) -> ProbeResult:
-        lm, trained = plain_model(opened), opened.config.task.seq_len
+        lm, trained = plain_model(opened), trained_length(opened)
         layers = {i: kind for i, (kind, layer) in enumerate(sub_layers(lm)) if is_recurrent(layer.mixer)}
         if not layers:
             raise NotApplicable(f"there is no recurrent layer in model.pattern={lm.config.pattern!r}")
