@@ -60,7 +60,7 @@ class CopyingSpec:
         return items + 1 + length - 2 * items - self._mad + items
 
     def make(self, u: Float[np.ndarray, "n w"], length: int, items: int, held_out: bool) -> Rows:
-        """Rows; the distance is that from where a letter is to be given to where it stands."""
+        """Rows; the distance is one more than from the token that is to be answered back to the letter."""
         body = length - items - self._mad
         of_letter, of_sum, of_place = draws.split(u, items, 1, body)
         letters = draws.integers(of_letter, 0, self.letters)
@@ -76,7 +76,7 @@ class CopyingSpec:
         targets, distance = np.zeros_like(tokens), np.zeros_like(tokens)
         asked = np.arange(length - items, length)
         targets[:, asked] = letters
-        distance[:, asked] = asked - places
+        distance[:, asked] = asked + 1 - places
         return rows(tokens, targets, distance)
 
     def chance(self, items: int) -> float:

@@ -72,7 +72,8 @@ class RepeatSpec:
         needed = self.fitted(length, items)[0]
         if length < needed:
             raise ValueError(
-                f"{length} tokens have no room for a string of {items} letters and its answer; {needed} would do"
+                f"{length} tokens have no room for a string of {items} letters and its answer; "
+                f"{needed} would do"
             )
 
     def fitted(self, length: int, items: int) -> tuple[int, int]:

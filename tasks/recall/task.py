@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 
 import grain
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
@@ -139,7 +140,7 @@ class RecallTask:
         if "hits" not in output:
             return metrics
         asked = (jnp.asarray(batch["distance"]) > 0) * (jnp.asarray(batch["weights"]) > 0).astype(jnp.float32)
-        right = output["hits"].astype(jnp.float32)
+        right = jnp.asarray(output["hits"]).astype(jnp.float32)
         wrong = jnp.sum(asked * (1 - right), axis=1)
         metrics |= {
             "accuracy": weighted_sum(right, asked),
@@ -152,7 +153,7 @@ class RecallTask:
                 here = asked * (jnp.asarray(batch["size"]) == i)[:, None]
                 metrics[f"accuracy_{length}_{items}"] = weighted_sum(right, here)
         if "distance" in self.config.slices:
-            octave = jnp.floor(jnp.log2(jnp.maximum(jnp.asarray(batch["distance"]), 1)))
+            octave = 31 - jax.lax.clz(jnp.asarray(batch["distance"]))
             for power in range(max(self._eval_lengths).bit_length()):
                 metrics[f"accuracy_from_{2**power}"] = weighted_sum(right, asked * (octave == power))
         return metrics

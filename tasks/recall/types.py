@@ -9,8 +9,8 @@ from jaxtyping import Bool, Float, Int
 
 Rows = dict[str, np.ndarray]
 """Arrays [n, L]: ``tokens``, ``targets``, ``segment_ids``, ``positions`` int32 and ``weights`` float32 as in
-`tasks.types.token_batch_spec`; and ``distance`` int32: where an answer is asked for, how many tokens back
-stands what has to be found; 0 elsewhere."""
+`tasks.types.token_batch_spec`; and ``distance`` int32: where an answer is asked for at t, it stands in the
+row at t + 1 - distance; 0 elsewhere."""
 
 
 @runtime_checkable
@@ -25,7 +25,7 @@ class Generator(Protocol):
         """Number of ids."""
 
     def fitted(self, length: int, items: int) -> tuple[int, int]:
-        """The size nearest to this one that makes sense: as long as it has to be, of as many items as can be."""
+        """The nearest size that makes sense: as long as it has to be, of as many items as can be."""
 
     def check(self, length: int, items: int) -> None:
         """Raises ValueError, naming field or size, unless such rows can be made."""
