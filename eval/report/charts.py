@@ -46,7 +46,7 @@ def draw(chart: Chart, identity: str) -> str:
         f'<g clip-path="url(#{identity})">',
         *_references(chart, to_y),
     ]
-    several = len({(s.colour, s.dash) for s in chart.series}) > 1
+    several = len({(s.colour, s.dash) for s in chart.series if s.line}) > 1
     for series in sorted(chart.series, key=lambda s: not s.thin):
         parts.append(_series(series, to_x, to_y, several))
     return "".join([*parts, "</g>", *_reference_labels(chart, to_y), "</svg>"])

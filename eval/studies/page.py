@@ -66,10 +66,10 @@ def report_of(
 
 def findings_section(findings: Sequence[Finding]) -> Section:
     """A row for each statement."""
-    rows = [[f.claim, f.verdict, f.found, f.criterion] for f in findings]
+    rows = [[f.verdict, f.claim, f.found, f.criterion] for f in findings]
     return Section(
         "Findings",
-        [Table(["published", "verdict", "found here", "criterion"], rows, numeric=False)],
+        [Table(["verdict", "published", "found here", "criterion"], rows, numeric=False)],
         VERDICTS,
     )
 

@@ -8,6 +8,7 @@ difference.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,6 +21,7 @@ from eval.studies.reading import (
     curves,
     difference,
     levels,
+    number,
     over_seeds,
     result,
     signed,
@@ -29,6 +31,7 @@ from eval.studies.reading import (
 from eval.studies.types import Analysis, Finding, Record, judge
 
 METRIC, MARGIN = "validation/accuracy", 0.05
+SIZED = re.compile(r"validation/accuracy_(\d+)_(\d+)$")
 ATTENTION, STATE, HYBRID = "attention", "mamba2", "hybrid"
 
 
@@ -41,7 +44,11 @@ def analyse(records: Sequence[Record], settings: Mapping[str, Any]) -> Analysis:
         *(_keeps_up(equal, task, metric, margin) for task in _known(equal)),
         *(_grows(swept, task, metric) for task in levels(swept, "task")),
     ]
-    sections = [Section("By architecture", [_table(equal, metric)])] if equal else []
+    sections = []
+    if equal:
+        by_items = [_by_items(equal, task) for task in levels(equal, "task")]
+        charts = [chart for chart in by_items if chart.series]
+        sections.append(Section("By architecture", [_table(equal, metric), *charts]))
     if swept:
         sections.append(Section("By size of the state", [_by_state(swept, metric)]))
     return Analysis(findings, sections)
@@ -115,6 +122,28 @@ def _table(records: Sequence[Record], metric: Value) -> HeatMap:
         found = [over_seeds(where(records, task=task, architecture=name), metric) for task in tasks]
         rows.append([math.nan if f is None else f.mean for f in found])
     return HeatMap("Accuracy", "task", "architecture", tasks, names, rows, caption="Mean over seeds.")
+
+
+def _by_items(records: Sequence[Record], task: str) -> Chart:
+    """Accuracy against how much there is to remember, where it was evaluated by size."""
+    series: list[Series] = []
+    for i, name in enumerate(levels(records, "architecture")):
+        found = [_sizes(record) for record in where(records, task=task, architecture=name)]
+        series += curve_series(name, found, colour=i, marks=True)
+    caption = f"Of several lengths with as many things the shortest. {SEEDS}"
+    return Chart(f"Accuracy on {task}", "things to remember", "accuracy", series, caption, log_x=True)
+
+
+def _sizes(record: Record) -> dict[float, float]:
+    """Accuracy by number of things, from the metrics "validation/accuracy_LENGTH_ITEMS"."""
+    found: dict[float, tuple[int, float]] = {}
+    for name in record.result:
+        value = number(record.result[name])
+        if (match := SIZED.match(name)) and value is not None:
+            length, items = int(match[1]), float(match[2])
+            if items not in found or length < found[items][0]:
+                found[items] = length, value
+    return {items: value for items, (_, value) in found.items()}
 
 
 def _by_state(records: Sequence[Record], metric: Value) -> Chart:

@@ -12,6 +12,7 @@ examined by the probe state_collapse, those of "recall" by passkey. N_S is in th
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -146,6 +147,14 @@ def _spelt(fit: fits.Fit) -> str:
     )
 
 
+def _law(fit: fits.Fit) -> str:
+    """With its numbers: "T = 3.1 x + 20"."""
+    law = fit.law
+    for name, value in fit.parameters.items():
+        law = re.sub(rf"\b{name}\b", f"{value:.4g}", law)
+    return f"T = {law}"
+
+
 def _numbers(fit: fits.Fit, points: Points) -> dict[str, Any]:
     fields = {"law": fit.law, "parameters": fit.parameters, "intervals": fit.intervals, "r2": fit.r2}
     return fields | {"points": points}
@@ -155,7 +164,7 @@ def _chart(title: str, label: str, points: Points, fit: fits.Fit | None) -> Char
     series = [Series(label, [x for x, _ in points], [y for _, y in points], marks=True, line=False)]
     if fit is not None:
         x = np.linspace(min(x for x, _ in points), max(x for x, _ in points), 60)
-        series.append(Series(f"T = {fit.law}", x.tolist(), fit(x).tolist(), colour=1, dash=0))
+        series.append(Series(_law(fit), x.tolist(), fit(x).tolist(), colour=1, dash=0))
     return Chart(title, STATE, f"{label}, tokens", series, "A point is a state size and a seed.")
 
 

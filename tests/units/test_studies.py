@@ -53,8 +53,13 @@ def test_differences_are_of_seeds_drawn_anew():
 def recall_records(attention, mamba2):
     metric = "validation/accuracy"
     at = {"attention": attention, "mamba2": mamba2, "hybrid": attention - 0.01}
+    sized = {f"{metric}_32_4": 0.9, f"{metric}_64_8": 0.5, f"{metric}_128_8": 0.1}
     equal = [
-        record({"task": "mqar", "architecture": name, "compared": True}, seed=s, result={metric: v - s / 100})
+        record(
+            {"task": "mqar", "architecture": name, "compared": True},
+            seed=s,
+            result={metric: v - s / 100, **sized},
+        )
         for name, v in at.items()
         for s in (0, 1)
     ]
@@ -71,7 +76,8 @@ def test_recall_by_architecture_and_by_state():
     analysis = ANALYSES["recall"](recall_records(0.99, 0.5), {})
     assert set(verdicts(analysis).values()) == {"reproduced"} and len(analysis.findings) == 3
     assert starting(analysis, "grows").numbers["correlation"] == pytest.approx(1)
-    heat, chart = (section.blocks[0] for section in analysis.sections)
+    (heat, by_items), (chart,) = (section.blocks for section in analysis.sections)
+    assert list(by_items.series[-1].x) == [4, 8] and by_items.series[-1].y == [0.9, 0.5]
     assert heat.y == ["attention", "mamba2", "hybrid"] and heat.values[1][0] == pytest.approx(0.495)
     assert list(chart.series[0].x) == [400, 800, 1600, 3200, 6400]
     assert (
@@ -108,7 +114,11 @@ def test_state_capacity_fits_its_two_laws():
     )
     assert recall.numbers["r2"] > recall.numbers["r2_of_a_line"]
     scatter, curve = analysis.sections[1].blocks[0].series
-    assert not scatter.line and curve.y[-1] == pytest.approx(scatter.y[-1], rel=1e-2)
+    assert (
+        curve.name.startswith("T = 100 (1.4^x - 1) + 64")
+        and not scatter.line
+        and curve.y[-1] == pytest.approx(scatter.y[-1], rel=1e-2)
+    )
     heat = analysis.sections[0].blocks[1]
     assert heat.values[0] == [0, 1, 1, 1, 1] and heat.values[-1] == [0] * 5
 
@@ -205,7 +215,8 @@ def test_a_report_shows_findings_heat_maps_and_points_and_saves_pictures(tmp_pat
     paths = save_pictures(report, tmp_path / "pictures")
     assert [p.name for p in paths] == [
         "01_by_architecture_accuracy.png",
-        "02_by_size_of_the_state_accuracy_by_state_size.png",
+        "02_by_architecture_accuracy_on_mqar.png",
+        "03_by_size_of_the_state_accuracy_by_state_size.png",
     ]
     assert all(p.read_bytes()[:4] == b"\x89PNG" for p in paths)
 
