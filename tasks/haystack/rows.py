@@ -186,13 +186,14 @@ def answer_metrics(output: Mapping[str, Array], batch: Batch) -> dict[str, Mean]
     """Of the tokens at ``marks``: ``answer_bits`` each, and more where ``output["hits"]`` bool [B, L] says
     which targets are the most likely token: ``answer_accuracy`` and, a row being one question,
     ``exact_match``. That is what greedy decoding gets right: until it is wrong it reads what is right."""
-    asked = jnp.asarray(batch["marks"]) > 0
+    asked = (jnp.asarray(batch["marks"]) > 0).astype(jnp.float32)
     nats, count = weighted_sum(output["nll"], asked)
     metrics = {"answer_bits": (nats / math.log(2), count)}
     if "hits" in output:
-        hits, rows = output["hits"], asked.any(axis=1)
+        hits = output["hits"].astype(jnp.float32)
         metrics["answer_accuracy"] = weighted_sum(hits, asked)
-        metrics["exact_match"] = weighted_sum((hits | ~asked).all(axis=1), rows)
+        exact = jnp.where(asked > 0, hits, 1).min(axis=1)
+        metrics["exact_match"] = weighted_sum(exact, asked.max(axis=1))
     return metrics
 
 

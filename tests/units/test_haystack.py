@@ -125,14 +125,14 @@ def test_noise_of_ones_own():
 def test_keys_have_the_published_law_and_sides_share_none():
     rng = np.random.default_rng(0)
     for style, law in STYLES.items():
-        keys = {side: {draw_key(style, rng, side) for _ in range(100)} for side in (TRAINING, EVALUATION)}
+        keys = {side: {draw_key(style, rng, side) for _ in range(40)} for side in (TRAINING, EVALUATION)}
         assert not keys[TRAINING] & keys[EVALUATION]
-        every = [draw_key(style, rng) for _ in range(1000)]
+        every = [draw_key(style, rng) for _ in range(400)]
         low, high = law.keys
         assert all(low <= int(k) <= high and len(k) >= law.digits for k in every)
-        np.testing.assert_allclose(np.mean([int(k) for k in every]), (low + high) / 2, rtol=0.1)
+        np.testing.assert_allclose(np.mean([int(k) for k in every]), (low + high) / 2, rtol=0.12)
         held = np.mean([side_of(k) == EVALUATION for k in every])
-        np.testing.assert_allclose(held, 1 / HELD_OUT, atol=0.05)
+        np.testing.assert_allclose(held, 1 / HELD_OUT, atol=0.07)
         assert chance(style)["exact_match"] == 1 / (high - low + 1)
     assert any(k.startswith("0") for k in (draw_key("stuffed_mamba", rng) for _ in range(100)))
 
