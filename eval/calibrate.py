@@ -107,7 +107,7 @@ def _values(dynamics: Dynamics, kind: str, share: float) -> dict[str, Array]:
     values = {
         "dt_filter/thresholds": longmamba.table(dt, share),
         "dt_filter/retention": longmamba.retention(dt, A, share),
-        "dt_filter/base": jnp.asarray(dt.shape[1], jnp.float32),
+        "dt_filter/base": jnp.full(1, dt.shape[1], jnp.float32),
     }
     if kind == "mamba2":
         u, unbounded = dt[..., None] * x, jnp.full(dt.shape[2], jnp.inf, dt.dtype)

@@ -40,14 +40,14 @@ class DtFilterConfig:
 class DtFilter(nnx.Module):
     """The calibrated values of one layer with ``channels`` step sizes; those it is made with skip nothing.
 
-    ``thresholds`` [T, H], ``retention`` [H] and the length [] that the first threshold is for.
+    ``thresholds`` [T, H], ``retention`` [H] and the length [1] that the first threshold is for.
     """
 
     def __init__(self, channels: int, axis: str, config: DtFilterConfig):
         self.config = config
         self.thresholds = param(jnp.zeros((DOUBLINGS, channels)), (None, axis), CALIBRATED)
         self.retention = param(jnp.ones(channels), (axis,), CALIBRATED)
-        self.base = param(jnp.ones(()), (), CALIBRATED)
+        self.base = param(jnp.ones(1), (None,), CALIBRATED)
 
     def __call__(self, dt: Float[Array, "B L H"], ctx: Context) -> Float[Array, "B L H"]:
         """``dt`` with that of skipped tokens 0."""
@@ -62,7 +62,7 @@ class DtFilter(nnx.Module):
         return filter_by_threshold(dt, jnp.where(skipping, threshold, 0).astype(dt.dtype))
 
 
-def nearest_row(length: Int[Array, "*b"], base: Float[Array, ""]) -> Int[Array, "*b"]:
+def nearest_row(length: Int[Array, "*b"], base: Float[Array, "1"]) -> Int[Array, "*b"]:
     """Row of the table whose length base 2^k is the nearest to ``length``."""
     lengths = base * 2.0 ** jnp.arange(DOUBLINGS)
     return jnp.sum(length[..., None] > (lengths[1:] + lengths[:-1]) / 2, axis=-1, dtype=jnp.int32)

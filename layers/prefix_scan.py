@@ -7,9 +7,8 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from pallas_kernels.segments import reset_runs
 from pallas_kernels.ssd import ssd_core
-
-FORGET = -1e9  # log decay of a closed forget gate
 
 
 def prefix_ssd(
@@ -58,9 +57,12 @@ def prefix_ssd(
         segment_ids=segment_ids,
         **options,
     )
-    closed = jnp.where(prefix[..., None], log_decay[:, :, half:], FORGET)
-    reversed_ids = None if segment_ids is None else jnp.flip(segment_ids, 1)
-    inputs = (jnp.flip(t, 1) for t in (u[:, :, half:], closed, B_bwd, C_bwd))
-    backward, _ = ssd_core(*inputs, segment_ids=reversed_ids, **options)
+    # A closed forget gate is a new segment: what the state held is gone to the bit.
+    runs = jnp.cumsum(jnp.flip(~prefix, 1), axis=1, dtype=jnp.int32) + 1
+    if segment_ids is not None:
+        reversed_ids = jnp.flip(segment_ids, 1)
+        runs = jnp.where(reversed_ids != 0, runs + reset_runs(reversed_ids), 0)
+    inputs = (jnp.flip(t, 1) for t in (u[:, :, half:], log_decay[:, :, half:], B_bwd, C_bwd))
+    backward, _ = ssd_core(*inputs, segment_ids=runs, **options)
     y = jnp.concatenate([forward, jnp.flip(backward, 1)], axis=2)
     return y, jnp.concatenate([state, jnp.zeros_like(state)], axis=1)

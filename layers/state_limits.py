@@ -54,17 +54,18 @@ def windowed_ssd(
     batch, length, heads, headdim = u.shape
     if carried is None:
         carried = empty_window(batch, window, heads, headdim, *B.shape[2:])
-    places = None if segment_ids is None else jnp.argsort(segment_ids != 0, axis=1, stable=True)
-    if places is not None and segment_ids is not None:  # real tokens at the end of the row, without gaps
-        u, log_decay, B, C, segment_ids = (take(t, places) for t in (u, log_decay, B, C, segment_ids))
-        log_decay = jnp.where((segment_ids != 0)[..., None], log_decay, 0)
     y, state = ssd_core(u, log_decay, B, C, initial_state=initial_state, segment_ids=segment_ids, **options)
 
-    recent = carried["recent"]
+    recent, ids, order = carried["recent"], jnp.ones((batch, length), jnp.int32), None
+    if segment_ids is not None:
+        ids, log_decay = segment_ids, jnp.where((segment_ids != 0)[..., None], log_decay, 0)
     piece = {"u": u, "B": B, "log_decay": log_decay}
     line = {k: jnp.concatenate([recent[k].astype(t.dtype), t], axis=1) for k, t in piece.items()}
-    ids = jnp.ones((batch, length), jnp.int32) if segment_ids is None else segment_ids
     ids = jnp.concatenate([recent["real"].astype(jnp.int32), ids], axis=1)
+    if segment_ids is not None:  # real tokens to the end of the line, so that r places are r tokens
+        order = jnp.argsort(ids != 0, axis=1, stable=True)
+        line, ids = {k: take(t, order) for k, t in line.items()}, take(ids, order)
+        C = take(jnp.pad(C, ((0, 0), (window, 0), (0, 0), (0, 0))), order)[:, window:]
     left_out, behind = ssd_core(
         line["u"][:, :length],
         line["log_decay"][:, :length],
@@ -75,16 +76,17 @@ def windowed_ssd(
         **options,
     )
     decay = jnp.exp(window_sums(line["log_decay"], window)[:, window:])
-    decay = jnp.where((ids[:, :length] == ids[:, window:])[..., None], decay, 0)
-    y = y - (decay[..., None] * left_out).astype(y.dtype)
+    left_out = (decay[..., None] * left_out).astype(y.dtype)
+    if segment_ids is not None and order is not None:
+        left_out = _where(ids[:, :length] == ids[:, window:], left_out)
+        place = jnp.argsort(order, axis=1)[:, window:] - window
+        left_out = _where(segment_ids != 0, take(left_out, jnp.maximum(place, 0)))
 
     last = jnp.maximum(ids[:, -1], 1)  # nothing of an earlier segment is needed again
     behind = jnp.where((jnp.maximum(ids[:, length - 1], 1) == last)[:, None, None, None], behind, 0)
     real = (ids[:, length:] == last[:, None]) & (ids[:, length:] != 0)
     kept = {k: _where(real, t[:, length:]) for k, t in line.items()}
-    if places is not None:
-        y = take(y, jnp.argsort(places, axis=1))
-    return y, state, {"behind": behind, "recent": {**kept, "real": real}}
+    return y - left_out, state, {"behind": behind, "recent": {**kept, "real": real}}
 
 
 def window_sums(a: Float[Array, "B L H"], window: int) -> Float[Array, "B L H"]:
