@@ -18,7 +18,6 @@ from eval.probes.babi import Babi
 from eval.probes.needles import Needles, string_match_all
 from eval.probes.passkey import Passkey
 from eval.probes.types import NotApplicable, Probe
-from layers.mamba2 import Mamba2Config
 from models.config import LMConfig
 from objectives import model_of, objective_of
 from runtime.mesh import MeshConfig, make_mesh
@@ -47,9 +46,7 @@ def corpus(tmp_path_factory):
 def config(corpus):
     """Half of the rows hold needles."""
     config = tiny(corpus)
-    config.model = LMConfig(
-        d_model=16, pattern="M*", mamba2=Mamba2Config(d_state=8, headdim=8, chunk_size=16)
-    )
+    config.model = LMConfig(d_model=16, pattern="*")
     config.model.attention = dataclasses.replace(tiny(corpus).model.attention, window=None)
     config.task.seq_len, config.task.batch_size, config.task.eval_batch_size = LENGTH, 4, 4
     config.task.haystack = HaystackConfig(share=0.5, eval_samples=6)
