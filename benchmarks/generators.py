@@ -1,8 +1,8 @@
 """Speed of the data generators on one core: ``python -m benchmarks.generators [--quick]``.
 
 CPU milliseconds per example, tables made beforehand, of Pathfinder at its four sizes and of ListOps, beside
-those of the public generators. The latter were measured elsewhere, on another machine. Prints a table; writes
-JSON with the machine named.
+those of the public generators where those were measured (elsewhere, on another machine), and of the recall
+tasks. Prints a table; writes JSON with the machine named.
 """
 
 from __future__ import annotations
@@ -15,16 +15,20 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
 from benchmarks import machine
 from benchmarks.results_file import write
 from tasks.lra import listops, pathfinder
+from tasks.recall import RecallTask, RecallTaskConfig, Size
+from tasks.recall.copying import CopyingSpec
 
 METHOD = (
-    "CPU time of one process over consecutive blocks of examples; how long an example takes varies, since "
-    "both laws are sampled by rejection. Mean over all blocks, its standard error from their spread."
+    "CPU time of one process over consecutive blocks of examples; how long an example of Pathfinder or "
+    "ListOps takes varies, since both laws are sampled by rejection. Mean over all blocks, its standard "
+    "error from their spread."
 )
 PUBLIC = (
     "drewlinsley/pathfinder at its first commit and long-range-arena's listops.py, with what they lack in "
@@ -40,7 +44,7 @@ class Generator:
         make: makes examples start..stop-1.
         block: examples at once, as many as a shard might have.
         blocks: of a measurement.
-        public_ms: of the public generator, measured elsewhere; see `PUBLIC`.
+        public_ms: of the public generator, measured elsewhere (see `PUBLIC`), None where it was not.
         target_ms: at most.
     """
 
@@ -48,7 +52,7 @@ class Generator:
     make: Callable[[int, int], object]
     block: int
     blocks: int
-    public_ms: float
+    public_ms: float | None
     target_ms: float | None
 
 
@@ -65,7 +69,28 @@ def generators() -> list[Generator]:
         Generator("Pathfinder 128 (Path-X)", images(128), 50, 6, 2700.0, 100.0),
         Generator("Pathfinder 256", images(256), 50, 5, 240.0, 50.0),
         Generator("ListOps", expressions, 1000, 5, 3.1, 0.6),
+        *_recall(),
     ]
+
+
+def _recall() -> list[Generator]:
+    """Recall tasks; the laws ask for at least 1000 rows a second."""
+    copying = RecallTaskConfig(name="copying", copying=CopyingSpec("selective"))
+    cases: list[tuple[str, RecallTaskConfig, Size]] = [
+        ("MQAR, 4 pairs in 64", RecallTaskConfig(), (64, 4)),
+        ("MQAR, 256 pairs in 1024", RecallTaskConfig(), (1024, 256)),
+        ("Selective copying, 16 in 4112", copying, (4112, 16)),
+        ("Repeat After Me, 50 in 220", RecallTaskConfig(name="repeat"), (220, 50)),
+        ("Induction heads, 256", RecallTaskConfig(name="induction"), (256, 1)),
+        ("Phonebook, 40 entries", RecallTaskConfig(name="phonebook"), (0, 40)),
+        ("MAD recall, 8 keys in 128", RecallTaskConfig(name="in_context"), (128, 8)),
+    ]
+
+    def rows(config: RecallTaskConfig, size: Size) -> Callable[[int, int], object]:
+        task = RecallTask(dataclasses.replace(config, train_sizes=(size,)))
+        return lambda start, stop: task.held_out(size, np.arange(start, stop))
+
+    return [Generator(name, rows(config, size), 250, 8, None, 1.0) for name, config, size in cases]
 
 
 def measure(generator: Generator, quick: bool) -> dict[str, Any]:
@@ -94,7 +119,7 @@ def show(results: dict[str, Any], console: Console) -> None:
     found = results["machine"]
     console.print(f"{found['cpu']}, load {found['load_1min']} at the start, {found['date']}\n{METHOD}")
     table = Table(title="CPU milliseconds an example, one core", title_justify="left", title_style="bold")
-    for i, name in enumerate(("", "examples", "ours", "target", "public")):
+    for i, name in enumerate(("", "examples", "ours", "target", "public", "examples/s")):
         table.add_column(name, justify="right" if i else "left", no_wrap=True)
     for row in results["records"]:
         table.add_row(
@@ -102,7 +127,8 @@ def show(results: dict[str, Any], console: Console) -> None:
             str(row["examples"]),
             f"{row['ms']:.2f} ± {row['error']:.2f}",
             "" if row["target_ms"] is None else f"≤ {row['target_ms']:g}",
-            f"{row['public_ms']:g}",
+            "" if row["public_ms"] is None else f"{row['public_ms']:g}",
+            f"{1e3 / row['ms']:,.0f}",
         )
     console.print(table)
     console.print(f"public: {PUBLIC}.")
