@@ -135,6 +135,7 @@ def probe(longest, error=0.01, lengths=(128, 256, 1024)):
     above = dict(zip(names, np.linspace(0, longest, len(names)).tolist()))
     return {
         "length_extrapolation": {
+            "training_length": 128,
             "lengths": names,
             "bits_per_byte": {name: 2 + value for name, value in above.items()},
             "bits_per_byte_above_1x": above,
@@ -147,7 +148,7 @@ def test_length_extrapolation_and_what_mends_it():
     runs = [
         record({"architecture": "mamba2"}, probes={"": probe(1.0), "window": probe(0.1), "rri": probe(1.5)}),
         record({"architecture": "mamba2", "longer": True}, probes={"": probe(-0.2)}),
-        record({"architecture": "attention"}, probes={"": probe(0.01)}),
+        record({"architecture": "attention"}, probes={"": probe(0.01), "yarn": probe(0.005)}),
     ]
     analysis = ANALYSES["length"](runs, {})
     found = {claim.split(" (")[0]: verdict for claim, verdict in verdicts(analysis).items()}
@@ -155,8 +156,9 @@ def test_length_extrapolation_and_what_mends_it():
         "mamba2: the loss rises beyond the training length": "reproduced",
         "mamba2: window keeps the loss from rising beyond the training length": "reproduced",
         "mamba2: rri keeps the loss from rising beyond the training length": "contradicted",
-        "mamba2: training on longer text, its state carried on, mends the failure": "reproduced",
+        "mamba2: after training on longer text, states carried on, the loss does not rise": "reproduced",
         "attention: the loss rises beyond the training length": "not reproduced at this scale",
+        "attention: yarn keeps the loss from rising beyond the training length": "not measured",
     }
     assert [s.name for s in analysis.sections[1].blocks[0].series] == [
         "as trained",
