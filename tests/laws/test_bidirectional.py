@@ -1,5 +1,7 @@
 """The laws of a mixer that reads both ways, over every one of the registry. A new one needs no new test."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,15 +10,6 @@ import pytest
 from layers.types import Context, SequenceMixer
 from tests.laws import cases
 from tests.laws.cases import BATCH, BIDIRECTIONAL, LENGTH, close, compiled, functional, inputs
-
-# Documents of one token and of seven; padding before, between and after.
-PACKED = jnp.asarray(
-    [
-        [0, 0, 1, 1, 1, 1, 1, 1, 1, 2, 0, 3, 3, 3, 3, 3, 3, 3, 0, 0, 0],
-        [5, 5, 5, 5, 5, 5, 5, 6, 6, 6, 6, 6, 6, 6, 7, 8, 0, 0, 0, 0, 0],
-    ],
-    jnp.int32,
-)
 
 pytestmark = pytest.mark.parametrize("name", BIDIRECTIONAL)
 
@@ -45,23 +38,22 @@ def test_it_reads_both_ways(name):
 def test_packed_documents_are_separate_runs(name):
     """Values and gradients, with whatever stands at padding."""
     _, params = functional(name)
-    x, weights = inputs(), inputs(seed=1)
-    x = jnp.where((PACKED == 0)[..., None], 7.0, x)
+    ids, weights = cases.PACKED_ALIKE, inputs(seed=1)
+    x = jnp.where((ids == 0)[..., None], 7.0, inputs())
+    each = cases.documents_by_length(ids)
 
     def packed(params, x):
-        y = compiled(name)(params, x, None, PACKED)[0]
-        return jnp.sum(y * weights * (PACKED != 0)[..., None]), y
+        y = compiled(name)(params, x, None, ids)[0]
+        return jnp.sum(y * weights * (ids != 0)[..., None]), y
 
     def separate(params, x):
-        ys = {
-            (r, a, b): compiled(name)(params, x[r : r + 1, a:b])[0][0] for r, a, b in cases.documents(PACKED)
-        }
-        return sum(jnp.sum(y * weights[r, a:b]) for (r, a, b), y in ys.items()), ys
+        ys = {length: compiled(name)(params, x[at])[0] for length, at in each.items()}
+        return sum(jnp.sum(ys[length] * weights[at]) for length, at in each.items()), ys
 
     run = lambda f: jax.value_and_grad(f, argnums=(0, 1), has_aux=True)(params, x)  # noqa: E731
     ((_, together), got), ((_, alone), want) = run(packed), run(separate)
-    for (row, start, stop), y in alone.items():
-        close(together[row, start:stop], y)
+    for length, at in each.items():
+        close(together[at], alone[length])
     close(got, want, atol=1e-4, rtol=1e-3)
 
 
@@ -103,23 +95,29 @@ def test_bfloat16_is_close_to_float32(name):
     assert np.abs(np.asarray(rough, np.float32) - exact).max() < 0.05 * np.abs(exact).max()
 
 
-@pytest.mark.parametrize("shape", [(2, 1, 2, 2), (1, 2, 4, 1)], ids=str)
-def test_sharded_is_unsharded(name, shape, mesh):
-    """Packed, and one segment without ids."""
-    _, params = functional(name)
-    x, ids = inputs(4, 32), jnp.tile(jnp.repeat(jnp.arange(4), jnp.asarray([3, 9, 11, 9]))[None], (4, 1))
+FOUR = jnp.tile(jnp.repeat(jnp.arange(4), jnp.asarray([3, 9, 11, 9]))[None], (4, 1))
+
+
+def loss_and_gradients(name):
+    """Of packed rows, and of one segment without ids."""
+    model, params = functional(name)
 
     def loss(params, x):
-        y, _ = compiled(name)(params, x, None, ids)
-        whole, _ = compiled(name)(params, x)
-        return jnp.sum(jnp.sin(y) * (ids != 0)[..., None]) + jnp.sum(jnp.cos(whole))
+        read = lambda ids: model.bind(params)(x, None, Context.create(*x.shape[:2], segment_ids=ids))  # noqa: E731
+        y, whole = read(FOUR)[0], read(None)[0]
+        return jnp.sum(jnp.sin(y) * (FOUR != 0)[..., None]) + jnp.sum(jnp.cos(whole))
 
-    cases.compiled.cache_clear()
-    want = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(params, x)
-    cases.compiled.cache_clear()
+    return jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(params, inputs(4, 32))
+
+
+unsharded = functools.cache(loss_and_gradients)
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 2, 2), (1, 2, 4, 1)], ids=str)
+def test_sharded_is_unsharded(name, shape, mesh):
+    want = unsharded(name)
     with jax.set_mesh(mesh(*shape)):
-        got = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(params, x)
-    cases.compiled.cache_clear()
+        got = loss_and_gradients(name)
     close(got, want, atol=2e-4, rtol=1e-3)
 
 
