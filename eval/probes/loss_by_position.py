@@ -13,7 +13,18 @@ from matplotlib.figure import Figure
 
 from eval.opened import OpenRun
 from eval.probes.plot import plot_curves
-from eval.probes.scoring import UNITS, Scores, by_group, long_rows, means, rows_available, score, task_of
+from eval.probes.scoring import (
+    UNITS,
+    Scores,
+    by_group,
+    long_rows,
+    means,
+    paired_difference,
+    rows_available,
+    score,
+    task_of,
+)
+from eval.probes.sliding import sliding_scores
 from eval.probes.types import Curve, ProbeResult, Say
 from tasks.lm import LMTask
 
@@ -25,17 +36,21 @@ class LossByPosition:
     """Mean loss in bins of the context length: how many tokens, the one just read included, a target is
     predicted from.
 
-    The position curve of Stuffed Mamba, but that every target is scored and no bin is dropped. Two curves:
+    The position curve of Stuffed Mamba, but that every target is scored and no bin is dropped. Three curves:
 
     * ``long_documents``: the same documents in every bin, each read alone from its start with the state
       carried, beyond the training length as far as enough documents reach ("stream" packing: rows of the
       stream).
+    * ``truncated_to_1x``: its control beyond the training length T, targets of some of the same documents
+      predicted from between T / 2 and T tokens. ``beyond_1x`` is the mean over these targets with the state
+      carried and truncated, and their difference, paired by document, with its standard error.
     * ``validation_rows``: the validation batches as packed, whose mean over all bins is the validation loss.
 
     Attributes:
         bins_per_doubling: bins from one context length to its double.
         factor: length of the long documents in training lengths; halved until there are enough of them.
         documents, min_documents: how many of them are read at most, and how many are enough.
+        control_documents: how many of them also with a truncated context; 0 for no control.
     """
 
     name: ClassVar[str] = "loss_by_position"
@@ -43,6 +58,7 @@ class LossByPosition:
     factor: float = 8.0
     documents: int = 64
     min_documents: int = 8
+    control_documents: int = 16
 
     def __post_init__(self) -> None:
         ranges = {
@@ -50,6 +66,7 @@ class LossByPosition:
             "factor": (self.factor > 0, "positive"),
             "documents": (self.documents >= self.min_documents, "at least min_documents"),
             "min_documents": (self.min_documents >= 1, "at least 1"),
+            "control_documents": (self.control_documents >= 0, "at least 0"),
         }
         for field, (fits, wanted) in ranges.items():
             if not fits:
@@ -62,7 +79,7 @@ class LossByPosition:
         wanted = round(self.factor * trained)
         length = self._length(opened, task, wanted)
         room = max(length, task.eval_shape[1])
-        lengths = {"long_documents": length, "validation_rows": task.eval_shape[1]}
+        lengths = {"long_documents": length, "truncated_to_1x": length, "validation_rows": task.eval_shape[1]}
         if length < wanted:
             count = rows_available(task, wanted, from_start=True)
             numbers["shortened"] = (
@@ -74,7 +91,16 @@ class LossByPosition:
             rows = long_rows(task, length, self.documents, from_start=True)
             numbers |= {"documents": len(rows["tokens"]), "document_length": length}
             say(f"{len(rows['tokens'])} documents of {length} targets")
-            sums["long_documents"] = self._sums(score(opened, task, rows, room), rows["segment_ids"])
+            carried = score(opened, task, rows, room)
+            sums["long_documents"] = self._sums(carried, rows["segment_ids"])
+            if self.control_documents and length > trained > 1:
+                rows, carried = jax.tree.map(lambda a: a[: self.control_documents], (rows, carried))
+                say(f"{len(rows['tokens'])} of them, context truncated to {trained} tokens")
+                truncated = sliding_scores(opened, task, rows, trained, trained // 2, room)
+                late = contexts(rows["segment_ids"]) > trained
+                carried, truncated = jax.tree.map(lambda a: np.where(late, a, 0.0), (carried, truncated))
+                sums["truncated_to_1x"] = self._sums(truncated, rows["segment_ids"])
+                numbers["beyond_1x"] = _beyond(carried, truncated)
         validation = task.eval_sets()["validation"]
         say(f"{len(validation)} validation batches")
         parts = [self._sums(score(opened, task, batch, room), batch["segment_ids"]) for batch in validation]
@@ -82,7 +108,8 @@ class LossByPosition:
 
         curves, bins = {}, {}
         for name, scores in sums.items():
-            numbers[name] = means(jax.tree.map(np.sum, scores))
+            if name != "truncated_to_1x":  # which has not all targets
+                numbers[name] = means(jax.tree.map(np.sum, scores))
             bins[name] = _table(scores, self._ends(lengths[name]))
             metric = next(metric for metric in UNITS if metric in scores)
             x, y = bins[name]["context"], bins[name][metric]
@@ -125,6 +152,18 @@ def _table(scores: Scores, ends: Int[np.ndarray, " n"]) -> dict[str, np.ndarray]
         **means(scores),
     }
     return {name: column[tokens > 0] for name, column in columns.items()}
+
+
+def _beyond(carried: Scores, truncated: Scores) -> dict[str, Any]:
+    """Means over the same targets, and the difference with its standard error over rows."""
+    metric = next(metric for metric in UNITS if metric in carried)
+    rows = [tuple(a.sum(axis=1, dtype=np.float64) for a in scores[metric]) for scores in (carried, truncated)]
+    mean, error = paired_difference(*rows)
+    return {
+        **{name: a.sum() / b.sum() for name, (a, b) in zip(("carried", "truncated_to_1x"), rows)},
+        "difference": mean,
+        "standard_error": error,
+    }
 
 
 def contexts(segment_ids: Int[np.ndarray, "B L"]) -> Int[np.ndarray, "B L"]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -124,6 +125,20 @@ def score(opened: OpenRun, task: LMTask, batch: Batch, room: int) -> Scores:
 def by_group(scores: Scores, groups: Int[np.ndarray, "n L"], count: int) -> Scores:
     """``scores`` [n, L] added up in each of the groups 0..count - 1: (sums [count], weights [count])."""
     return jax.tree.map(lambda a: np.bincount(groups.ravel(), a.ravel(), count), scores)
+
+
+def paired_difference(rows: Pair, base: Pair) -> tuple[float, float]:
+    """Mean of ``rows`` less that of ``base``, which share their weights, and its standard error over rows.
+
+    The ratio estimator's: rows may weigh differently.
+    """
+    (sums, weights), count = rows, len(rows[0])
+    apart = sums - base[0]
+    mean = apart.sum() / weights.sum()
+    if count < 2:
+        return mean, math.nan
+    variance = np.sum((apart - mean * weights) ** 2) * count / (count - 1)
+    return mean, math.sqrt(variance) / weights.sum()
 
 
 def means(scores: Scores) -> dict[str, np.ndarray]:

@@ -12,9 +12,10 @@ import train
 from eval import run
 from eval.opened import RunError, open_run
 from eval.probes import PROBES, choose
-from eval.probes.length_extrapolation import LengthExtrapolation, _difference
+from eval.probes.length_extrapolation import LengthExtrapolation
 from eval.probes.loss_by_position import LossByPosition, contexts
-from eval.probes.scoring import _padded, long_rows, rows_available, score, task_of
+from eval.probes.scoring import _padded, long_rows, paired_difference, rows_available, score, task_of
+from eval.probes.sliding import sliding_scores, window_starts
 from eval.probes.types import Curve, NotApplicable, Probe, ProbeResult
 from models.loss import token_nll
 from runtime.mesh import MeshConfig
@@ -138,6 +139,36 @@ def test_scores_read_in_pieces_equal_one_pass(opened, direct):
     np.testing.assert_array_equal(bytes_ == 0, rows["targets"] == 256)
 
 
+def test_windows_of_a_row_score_every_target_once(opened, direct):
+    assert window_starts(75, 32, 16) == [0, 16, 32, 43] and window_starts(64, 32, 32) == [0, 32]
+    with pytest.raises(ValueError, match="stride 40 <= window 32"):
+        window_starts(75, 32, 40)
+    rows = long_rows(task_of(opened), 75, 2)
+    nats, weights = sliding_scores(opened, task_of(opened), rows, 32, 16, 75)["loss"]
+    assert nats.shape == (2, 75) and (weights == 1).all()
+    for begin, first in ((0, 0), (16, 32), (32, 48), (43, 64)):
+        window = {name: array[:, begin : begin + 32] for name, array in rows.items()}
+        alone = direct({**window, "positions": rows["positions"][:, :32]})
+        np.testing.assert_allclose(
+            nats[:, first : begin + 32], alone[:, first - begin :], rtol=1e-4, atol=1e-5
+        )
+
+
+def test_a_truncated_context_is_the_control_of_both_protocols(records, direct, opened):
+    numbers = records[0]["loss_by_position"]["numbers"]
+    bins, beyond = numbers["bins"]["truncated_to_1x"], numbers["beyond_1x"]
+    assert bins["from"][0] == 33 and bins["to"][-1] == 256
+    assert set(bins["tokens"]) <= {numbers["documents"] * n for n in range(256)}
+    np.testing.assert_allclose(
+        beyond["truncated_to_1x"], np.average(bins["bits_per_byte"], weights=bins["tokens"]), rtol=2e-2
+    )
+    np.testing.assert_allclose(beyond["difference"], beyond["carried"] - beyond["truncated_to_1x"], atol=1e-9)
+    numbers = records[0]["length_extrapolation"]["numbers"]
+    assert "sliding window" in numbers["sliding_window_protocol"]
+    assert list(numbers["bits_per_byte_sliding_window"]) == ["1x", "2x", "4x"]
+    assert numbers["bits_per_byte_sliding_window_above_1x"]["1x"] == 0
+
+
 def test_scores_on_a_mesh_of_all_devices(trained, opened):
     rows = long_rows(task_of(opened), 40, 5)
     alone = score(opened, task_of(opened), rows, 40)
@@ -194,7 +225,7 @@ def test_bins_are_logarithmic_and_end_at_the_longest():
 def test_paired_difference_has_the_standard_error_of_the_mean():
     rng = np.random.default_rng(0)
     base, other = rng.normal(size=(2, 40))
-    mean, error = _difference((other, np.ones(40)), (base, np.ones(40)))
+    mean, error = paired_difference((other, np.ones(40)), (base, np.ones(40)))
     np.testing.assert_allclose(mean, (other - base).mean())
     np.testing.assert_allclose(error, (other - base).std(ddof=1) / np.sqrt(40))
 
