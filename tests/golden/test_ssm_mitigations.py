@@ -53,18 +53,29 @@ def test_decimation(golden):
 
 def test_longmamba(golden):
     v, close = golden
-    dt = time_second(v["lm_delta"])
-    filtered = longmamba.filter_by_threshold(dt, v["lm_dt_thre"])
-    close(jnp.moveaxis(filtered, 1, -1), "lm_delta_filtered")
-    np.testing.assert_array_equal(jnp.moveaxis(filtered > 0, 1, -1), v["lm_mask_dt_thre"])
-    by_share = longmamba.filter_by_share(dt, v["lm_alpha"])
-    np.testing.assert_array_equal(jnp.moveaxis(by_share > 0, 1, -1), v["lm_mask_topalpha"])
-    close(jnp.moveaxis(longmamba.scale_to_sum(dt, v["lm_decay_target"]), 1, -1), "lm_delta_normalized")
     share, length = float(v["lm_cal_clampfrac"]), int(v["lm_cal_target_len"])
-    total, kept, threshold = longmamba.calibrate(dt, length, share)
-    close(total[0], "lm_cal_dt_sum")
-    np.testing.assert_allclose(kept[0], v["lm_cal_alpha"], rtol=1e-6)
-    close(threshold[0], "lm_cal_dt_thre")
+
+    @jax.jit
+    def run(delta, threshold, alpha, target):
+        dt = time_second(delta)
+        changed = {
+            "filtered": longmamba.filter_by_threshold(dt, threshold),
+            "by_share": longmamba.filter_by_share(dt, alpha),
+            "scaled": longmamba.scale_to_sum(dt, target),
+        }
+        calibrated = longmamba.calibrate(dt, length, share)
+        return {k: jnp.moveaxis(t, 1, -1) for k, t in changed.items()}, [t[0] for t in calibrated]
+
+    changed, (total, kept, threshold) = run(
+        *(v[f"lm_{k}"] for k in ("delta", "dt_thre", "alpha", "decay_target"))
+    )
+    close(changed["filtered"], "lm_delta_filtered")
+    np.testing.assert_array_equal(changed["filtered"] > 0, v["lm_mask_dt_thre"])
+    np.testing.assert_array_equal(changed["by_share"] > 0, v["lm_mask_topalpha"])
+    close(changed["scaled"], "lm_delta_normalized")
+    close(total, "lm_cal_dt_sum")
+    np.testing.assert_allclose(kept, v["lm_cal_alpha"], rtol=1e-6)
+    close(threshold, "lm_cal_dt_thre")
 
 
 @pytest.fixture(scope="module")
@@ -79,8 +90,9 @@ def stuffed(golden):
 def test_forget_more_remember_less(golden, stuffed):
     _, close = golden
     (u, decay, B, C), skip = stuffed
-    close(ssd_core(u, decay, B, C, chunk_size=16)[0][0] + skip, "sm_y_plain")
-    close(ssd_core(0.75 * u, decay + np.log(0.9999), B, C, chunk_size=16)[0][0] + skip, "sm_y_rri")
+    run = jax.jit(lambda u, decay: ssd_core(u, decay, B, C, chunk_size=16)[0][0] + skip)
+    close(run(u, decay), "sm_y_plain")
+    close(run(0.75 * u, decay + np.log(0.9999)), "sm_y_rri")
 
 
 def test_window(golden, stuffed):
@@ -108,7 +120,8 @@ def test_polarised_channels(golden):
     u, delta, z, B, C = (time_second(v[f"po_{name}"]) for name in ("u", "delta", "z", "B", "C"))
     A = polarised(v["po_A_reg"], 1, 1)
     close(A, "po_A_full")
-    y, state = selective_scan(u, jax.nn.softplus(delta + v["po_delta_bias"]), A, B, C, v["po_D"])
+    dt = jax.nn.softplus(delta + v["po_delta_bias"])
+    y, state = jax.jit(selective_scan)(u, dt, A, B, C, v["po_D"])
     close(jnp.moveaxis(y * jax.nn.silu(z), 1, -1), "po_y")
     close(state, "po_last_state")
 
@@ -119,5 +132,5 @@ def test_prefix_read_both_ways(golden):
     one = jnp.ones((1, len(x), 1, 1), x.dtype)
     ids = jnp.cumsum(jnp.asarray(v["bi_reset_fwd"]))[None]
     prefix = jnp.asarray(v["bi_causal_region"])[None] == 0
-    y, _ = prefix_ssd(x[None, ..., None], jnp.log(f)[None], one, one, prefix, segment_ids=ids)
-    close(y[0, ..., 0], "bi_h")
+    run = jax.jit(lambda u, decay: prefix_ssd(u, decay, one, one, prefix, segment_ids=ids)[0])
+    close(run(x[None, ..., None], jnp.log(f)[None])[0, ..., 0], "bi_h")

@@ -53,16 +53,17 @@ def same_document():
 
 def in_pieces(run, parts, carried):
     """The pieces one after another; each gets canonical ids and what the one before left."""
-    segment, ys = jnp.zeros(2, jnp.int32), []
+    segment, ys = np.zeros(2, np.int32), []
     for start in range(0, LENGTH, PIECE):
-        cut = slice(start, start + PIECE)
-        ids = jnp.asarray(IDS[:, cut])
-        ctx = Context.create(2, PIECE, segment_ids=ids, previous_segment=segment)
-        y, carried = run(*(t[:, cut] for t in parts), ctx.carried(carried), ctx.segment_ids)
+        ids = IDS[:, start : start + PIECE]
+        y, carried = run(*(np.asarray(t)[:, start : start + PIECE] for t in parts), carried, ids, segment)
         ys.append(y)
-        last = jnp.max(jnp.where(ids != 0, jnp.arange(PIECE), -1), axis=1)
-        segment = jnp.where(last >= 0, ids[jnp.arange(2), last], segment)
+        segment = np.where(ids.any(axis=1), np.max(ids, axis=1), segment)
     return jnp.concatenate(ys, axis=1)
+
+
+def context(ids, segment):
+    return Context.create(*ids.shape, segment_ids=ids, previous_segment=segment)
 
 
 def test_window_reads_the_last_tokens_of_its_document_alone(inputs):
@@ -83,10 +84,11 @@ def test_window_reads_the_last_tokens_of_its_document_alone(inputs):
     jax.tree.map(lambda g, w: np.testing.assert_allclose(g, w, atol=2e-5), got, want)
 
     @jax.jit
-    def piece(u, a, B, C, carried, ids):
-        state, rest = carried
+    def piece(u, a, B, C, carried, ids, segment):
+        ctx = context(ids, segment)
+        state, rest = ctx.carried(carried)
         y, state, rest = windowed_ssd(
-            u, a, B, C, WINDOW, initial_state=state, carried=rest, segment_ids=ids, chunk_size=8
+            u, a, B, C, WINDOW, initial_state=state, carried=rest, segment_ids=ctx.segment_ids, chunk_size=8
         )
         return y, (state, rest)
 
@@ -109,8 +111,10 @@ def test_a_bounded_state_stays_within_its_bound_in_one_piece_and_in_many(inputs)
     cap = jnp.asarray([0.5, 1.0, jnp.inf, 0.2])
 
     @jax.jit
-    def piece(u, a, B, C, state, ids):
-        y, state, _ = capped_ssd(u, a, B, C, cap, initial_state=state, segment_ids=ids)
+    def piece(u, a, B, C, state, ids, segment):
+        ctx = context(ids, segment)
+        state = ctx.carried(state)
+        y, state, _ = capped_ssd(u, a, B, C, cap, initial_state=state, segment_ids=ctx.segment_ids)
         return y, state
 
     def whole(*parts):
@@ -201,7 +205,6 @@ def test_settings_that_change_nothing_give_what_the_layer_gives(x):
     model, params = layer_of()
     want = jax.jit(lambda x: outputs(model, params, x))(x)
     settings = {
-        "window": {"mitigation": MitigationConfig(window=LENGTH)},
         "norm": {"mitigation": MitigationConfig(state_norm=1.0)},
         "filter": {"dt_filter": DtFilterConfig(scale=1.0, length=4)},
     }
@@ -212,22 +215,18 @@ def test_settings_that_change_nothing_give_what_the_layer_gives(x):
 
 
 def test_a_layer_with_a_window_streams(x):
-    """One pass, pieces and single tokens; packed."""
+    """One pass and single tokens; packed."""
     model, params = layer_of(mitigation=MitigationConfig(window=WINDOW, decay_factor=0.99, insert_factor=0.5))
     whole = jax.jit(lambda x: outputs(model, params, x, segment_ids=jnp.asarray(IDS)))(x)
 
     @jax.jit
     def piece(x, state, segment, ids):
-        ctx = Context.create(*x.shape[:2], segment_ids=ids, previous_segment=segment)
-        return model.bind(params)(x, state, ctx)
+        return model.bind(params)(x, state, context(ids, segment))
 
-    state, segment, ys, start = model.bind(params).init_state(2, LENGTH), jnp.zeros(2, jnp.int32), [], 0
-    for size in (8, 1, 1, 1, 1, 1, 1, 1, 1):
-        ids = jnp.asarray(IDS[:, start : start + size])
-        y, state = piece(x[:, start : start + size], state, segment, ids)
-        last = jnp.max(jnp.where(ids != 0, jnp.arange(size), -1), axis=1)
-        segment = jnp.where(last >= 0, ids[jnp.arange(2), last], segment)
-        start, ys = start + size, [*ys, y]
+    state, segment, ys = model.bind(params).init_state(2, LENGTH), np.zeros(2, np.int32), []
+    for t in range(LENGTH):
+        y, state = piece(np.asarray(x)[:, t : t + 1], state, segment, IDS[:, t : t + 1])
+        segment, ys = np.where(IDS[:, t] != 0, IDS[:, t], segment), [*ys, y]
     np.testing.assert_allclose(jnp.concatenate(ys, axis=1), whole, atol=2e-5)
 
 
