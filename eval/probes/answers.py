@@ -25,8 +25,6 @@ from tasks.haystack.noise import CorpusText, sentences
 from tasks.haystack.types import Noise, Sample
 from tasks.tokenizer import Tokenizer
 
-NOISES = ("own", "text", "sentences")
-
 
 @dataclasses.dataclass(frozen=True)
 class Reading:

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 
 from eval.opened import OpenRun
-from eval.probes.answers import NOISES, lengths_of, noise_of, read, tokenizer_of
+from eval.probes.answers import lengths_of, noise_of, read, tokenizer_of
 from eval.probes.types import Curve, NotApplicable, Say
 from tasks.haystack import GENERATORS
+from tasks.haystack.config import NOISES
 from tasks.haystack.types import Request, Sample, TooShort
 
 Score = Callable[[str, tuple[str, ...]], float]  # of what was said, given the references

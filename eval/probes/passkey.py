@@ -10,13 +10,15 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from eval.opened import OpenRun
-from eval.probes.answers import NOISES, lengths_of, noise_of, read, tokenizer_of
+from eval.probes.answers import lengths_of, noise_of, read, tokenizer_of
 from eval.probes.types import Curve, NotApplicable, ProbeResult, Say
+from tasks.haystack.config import NOISES
 from tasks.haystack.passkey import GENERATORS, chance
 from tasks.haystack.types import Request, Sample, TooShort
 
 MEASURES = {"exact_match": "keys exact", "per_digit": "digits right", "key_nats": "nats of a key"}
 LAST = (0.25, 0.5)  # training lengths; and all lengths that were measured
+RECALLED = 0.95
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +29,7 @@ class Passkey:
     * ``per_digit``: digits right, the ones before them given; smoother for small models.
     * ``key_nats``: negative log-probability of the key.
     * ``exact_within``: exact match where the key stands in the last r tokens, of prompts of all lengths.
+    * ``recall_length``: the longest length with more than 95 % exact (T_recall, arXiv:2410.07145), or 0.
 
     Every prompt is a heat-map cell's: ``grids`` are lengths by depths. A run trained on text alone is asked
     zero-shot; for one that learns the task see `tasks.haystack.config`.
@@ -151,6 +154,8 @@ class Passkey:
             numbers[f"{style}_exact_within"] = {
                 str(r): exact[away <= r].mean() for r in reach if (away <= r).any()
             }
+            found = [lengths[n] for n, share in numbers[f"{style}_exact_match"].items() if share > RECALLED]
+            numbers[f"{style}_recall_length"] = max(found, default=0)
             numbers[f"{style}_chance"] = chance(style)
         return {**numbers, "grids": grids}
 

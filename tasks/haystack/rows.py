@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 from collections.abc import Callable, Mapping
@@ -21,6 +22,7 @@ from tasks.tokenizer import Tokenizer
 from tasks.types import Batch, Mean, weighted_sum
 
 PROBES = 16  # samples of each task that say how short it can be
+DRAWS = 50  # until a sample fits
 Row = dict[str, np.ndarray]
 
 
@@ -43,10 +45,11 @@ class HaystackRows:
             raise ValueError("task.haystack needs a tokenizer, and task.source is token arrays without one")
         _validate(config)
         self._config, self._tokenizer, self.seq_len, self._eval_shape = config, tokenizer, seq_len, eval_shape
-        self._noise: list[Noise | None] = [  # of TRAINING and of EVALUATION
-            {"own": None, "sentences": sentences, "text": CorpusText(corpus, tokenizer)}[config.noise]
-            for corpus in corpora
-        ]
+        self._noise: list[Noise | None] = [None, None]  # of TRAINING and of EVALUATION
+        if config.noise != "own":
+            self._noise = [
+                CorpusText(corpus, tokenizer) if config.noise == "text" else sentences for corpus in corpora
+            ]
         needed = {name: self._needed(name, max(seq_len, eval_shape[1])) for name in config.tasks}
         longest = max(needed, key=lambda name: needed[name])
         if needed[longest] > seq_len:
@@ -85,10 +88,7 @@ class HaystackRows:
         longest, samples, room = self.longest(step), list[Sample](), self.seq_len
         while room >= self.shortest:
             length = round(self.shortest * (longest / self.shortest) ** rng.random())
-            try:
-                samples.append(self._sample(rng, TRAINING, min(length, room)))
-            except TooShort:  # ``shortest`` holds for all but rare ones of tasks that vary in length
-                break
+            samples.append(self._sample(rng, TRAINING, min(length, room)))
             room -= len(samples[-1].prompt) + len(samples[-1].answer)
         return self._lay(samples, self.seq_len, self._config.loss == "answer")
 
@@ -113,9 +113,15 @@ class HaystackRows:
         return {name: np.stack([row[name] for row in laid]) for name in laid[0]}
 
     def _sample(self, rng: np.random.Generator, side: int, length: int) -> Sample:
-        """A sample of at most ``length`` tokens, its answer counted."""
+        """A sample of at most ``length`` tokens, its answer counted, of a drawn task.
+
+        Drawn again where one does not fit: ``shortest`` holds for all but rare ones of tasks that vary.
+        """
         name = self._config.tasks[rng.integers(len(self._config.tasks))]
-        return self._generate(name, rng, side, length)
+        for _ in range(DRAWS):
+            with contextlib.suppress(TooShort):
+                return self._generate(name, rng, side, length)
+        raise TooShort(f"task.haystack: {DRAWS} samples of {name!r} do not fit into {length} tokens")
 
     def _generate(self, name: str, rng: np.random.Generator, side: int, length: int) -> Sample:
         """Drawn again with less noise where prompt and answer are longer: answers vary in length."""
@@ -204,7 +210,7 @@ def _validate(config: HaystackConfig) -> None:
             f"task.haystack.tasks={config.tasks} should name some of {', '.join(sorted(GENERATORS))}"
         )
     checks: dict[str, tuple[Callable[[], bool], str]] = {
-        "share": (lambda: 0 < config.share <= 1, "in 0..1"),
+        "share": (lambda: 0 < config.share <= 1, "above 0, at most 1"),
         "noise": (lambda: config.noise in NOISES, f"one of {', '.join(NOISES)}"),
         "loss": (lambda: config.loss in LOSSES, f"one of {', '.join(LOSSES)}"),
         "shortest": (lambda: config.shortest >= 0, "at least 0"),

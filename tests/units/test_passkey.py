@@ -243,6 +243,7 @@ def test_an_oracle_scores_everything(probe, opened, answer_with):
             assert np.array(grid["exact_match"]).tolist() == [[1.0, 1.0]] * 2
             assert set(numbers[f"{style}_per_digit"].values()) == {1.0}
             assert set(numbers[f"{style}_exact_within"].values()) == {1.0}
+            assert numbers[f"{style}_recall_length"] == 4 * LENGTH
             assert 0.5 <= numbers[f"{style}_key_nats"]["2x"] <= 1.5
     else:
         assert all(value == 1 for of in numbers["score"].values() for value in of.values())
