@@ -94,6 +94,6 @@ NEMOTRON_H = Format(
         },
         layer=("M*-",),
         embedding="model.embeddings.weight",
-        renamed={"backbone.": "model."},  # as the files on the hub have it
+        renamed={r"^backbone\.": "model."},  # as the files on the hub have it
     ),
 )

@@ -1,27 +1,38 @@
 """Published tensors and our parameters: one table of names, read in both directions.
 
-A published tensor is one or several parameters stacked along its first axis (``in_proj`` is z, x, B, C and
-dt). Repeated layers are apart in a file and stacked on a leading axis here (``models/pattern.py``).
+Tensors of projections are [out, in] as torch keeps them, unless a format says otherwise, and several
+parameters in one are beside each other in the order of the table.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+import difflib
+import fnmatch
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from flax import nnx
 
 from models import pattern as patterns
+from models.beacon import BeaconLM
+from models.beacon_config import BeaconLMConfig
 from models.config import LMConfig
 from models.functional import Functional, Tree
+from models.hmt import HMT
+from models.hmt_config import HMTConfig
 from models.lm import LM
+from models.published.blocks import Block, Path, Source, Tensor, sources, stack
 
-Path = tuple[Any, ...]
 Table = Mapping[str, tuple[str, ...]]
+Shapes = Mapping[Path, tuple[int, ...]]
 
 VOCABULARY = (("embed", "table"), ("head", "kernel"))
+SINGLE = (("beacon_embed",), ("memory", "topic"), ("memory", "prompt"))  # [1, D] as published
+MODELS: dict[type[LMConfig], type[LM]] = {LMConfig: LM, HMTConfig: HMT, BeaconLMConfig: BeaconLM}
+SUGGESTED = 20  # missing tensors that get a nearest name: comparing all with all takes minutes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +45,10 @@ class Names:
             sub-layer. Names of parameters that a config does not have, such as biases, stand for nothing.
         layer: symbols that may stand at each place of a published layer; ("M*", "-") is a mixer, then an MLP.
         embedding, head: names in ``top``; a file may repeat the embedding as the head where they are tied.
-        renamed: other beginnings of names, to the beginnings used here.
+        renamed: regular expressions of other names, to the names used here.
+        ignored: glob patterns of tensors that are no parameters, such as masks.
+        inputs_first: projections of sub-layers are [in, out].
+        skipped: name to the number of first rows that no parameter corresponds to.
         padded_vocabulary: whether rows that only pad the vocabulary are part of the format.
     """
 
@@ -44,38 +58,49 @@ class Names:
     embedding: str = "model.embed_tokens.weight"
     head: str = "lm_head.weight"
     renamed: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    ignored: tuple[str, ...] = ()
+    inputs_first: bool = False
+    skipped: Mapping[str, int] = dataclasses.field(default_factory=dict)
     padded_vocabulary: bool = False
 
+    def rename(self, name: str) -> str:
+        """The name used here of a tensor of a file."""
+        for pattern, new in self.renamed.items():
+            name, found = re.subn(pattern, new, name, count=1)
+            if found:
+                break
+        return name
 
-@dataclasses.dataclass(frozen=True)
-class Tensor:
-    """A published tensor.
+    def ignores(self, name: str) -> bool:
+        return any(fnmatch.fnmatchcase(name, pattern) for pattern in self.ignored)
 
-    Attributes:
-        name: its published name.
-        parts: path of each parameter in it, and which of the stacked repeats, or None.
-        shapes: published shape of each part.
-        least_rows: rows that must be there; fewer than all only for the vocabulary.
+
+def expected_tensors(config: LMConfig, names: Names) -> list[Tensor]:
+    """Every tensor of a published checkpoint of ``config``.
+
+    Raises:
+        ValueError: the pattern or a parameter has no place in this format.
     """
+    return tensors(config, names, parameter_shapes(config))
 
-    name: str
-    parts: tuple[tuple[Path, int | None], ...]
-    shapes: tuple[tuple[int, ...], ...]
-    least_rows: int
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return (sum(shape[0] for shape in self.shapes), *self.shapes[0][1:])
+def sources_from(
+    config: LMConfig, expected: Iterable[Tensor], names: Names, found: Mapping[str, Sequence[int]]
+) -> dict[Path, Source]:
+    """The source of every parameter in a file of tensors of these shapes.
 
-    def fits(self, shape: Sequence[int]) -> bool:
-        rows = shape[0] if shape else 0
-        return tuple(shape[1:]) == self.shape[1:] and self.least_rows <= rows <= self.shape[0]
+    Raises:
+        ValueError: lists by name the tensors that are missing, unexpected, or of another shape.
+    """
+    placed = _match(config, expected, names, found)
+    cut = ((name, tensor.first_rows(found[name][0])) for name, tensor in placed)
+    return sources(cut, parameter_shapes(config))
 
 
 def params_from_weights(
     config: LMConfig, weights: Mapping[str, Any], names: Names, dtype: Any = np.float32
 ) -> Tree:
-    """Nested dict of parameters (numpy) from published tensors, which are read one at a time.
+    """Nested dict of parameters (numpy) from published tensors.
 
     Rows of a padded vocabulary that the file does not have are zeros.
 
@@ -83,28 +108,19 @@ def params_from_weights(
         ValueError: lists by name the tensors that are missing, unexpected, or of another shape, a head that
             differs from the embedding it is tied to, or what the format has no place for.
     """
-    shapes = _shapes(config)
-    expected = tensors(config, names, shapes)
-    found = {_rename(name, names.renamed): name for name in weights}
-    problems = [f"missing {t.name} {t.shape}" for t in expected if t.name not in found]
-    extra = set(found) - {t.name for t in expected}
-    if config.tie_embeddings and {names.head, names.embedding} <= set(found):
-        extra.discard(names.head)
-        head, embedding = found[names.head], found[names.embedding]
-        if not np.array_equal(np.asarray(weights[head]), np.asarray(weights[embedding])):
-            problems.append(f"{head} differs from {embedding}, to which it is tied")
-    twice = set(weights) - set(found.values())  # under two of the renamed beginnings
-    problems += [f"unexpected {name}" for name in sorted({found[n] for n in extra} | twice)]
+    return params_from_tensors(config, expected_tensors(config, names), names, weights, dtype)
 
-    flat = {path: np.zeros(shape, dtype) for path, shape in shapes.items()}
-    for tensor in (t for t in expected if t.name in found):
-        value = np.asarray(weights[found[tensor.name]])
-        if tensor.fits(value.shape):
-            _fill(flat, tensor, value)
-        else:
-            problems.append(f"{found[tensor.name]} is {value.shape}, expected {tensor.shape}")
-    if problems:
-        raise ValueError("checkpoint does not fit the model:\n  " + "\n  ".join(problems))
+
+def params_from_tensors(
+    config: LMConfig, expected: Iterable[Tensor], names: Names, weights: Mapping[str, Any], dtype: Any
+) -> Tree:
+    """:func:`params_from_weights` for ``expected`` tensors."""
+    weights = {name: np.asarray(value) for name, value in weights.items()}
+    made = sources_from(config, expected, names, {name: value.shape for name, value in weights.items()})
+    check_tied(config, names, weights)
+    flat = {
+        path: source.read(lambda name, box: weights[name][box], dtype=dtype) for path, source in made.items()
+    }
     return nnx.traversals.unflatten_mapping(flat)
 
 
@@ -115,18 +131,35 @@ def weights_from_params(config: LMConfig, params: Tree, names: Names) -> dict[st
         ValueError: ``config`` has a pattern or parameters the format has no place for.
     """
     flat = nnx.traversals.flatten_mapping(params)
-    weights = {}
-    for tensor in tensors(config, names, _shapes(config)):
-        parts = [
-            _layout(path)[1](np.asarray(flat[path] if index is None else flat[path][index]))
-            for path, index in tensor.parts
-        ]
-        rows = tensor.shape[0] if names.padded_vocabulary else tensor.least_rows
-        weights[tensor.name] = np.ascontiguousarray(np.concatenate(parts)[:rows])
-    return weights
+    exported = exported_tensors(expected_tensors(config, names), names)
+    return {t.name: t.values(lambda path, box: np.asarray(flat[path])[box]) for t in exported}
 
 
-def tensors(config: LMConfig, names: Names, shapes: Mapping[Path, tuple[int, ...]]) -> list[Tensor]:
+def exported_tensors(expected: Iterable[Tensor], names: Names) -> list[Tensor]:
+    """The tensors of a file that is written; rows that pad the vocabulary only if the format has them."""
+    if names.padded_vocabulary:
+        return list(expected)
+    return [tensor.first_rows(tensor.least_rows) for tensor in expected]
+
+
+def tied_head(config: LMConfig, names: Names, found: Iterable[str]) -> tuple[str, str] | None:
+    """Names in the file of a head and of the embedding it is tied to and must equal; None without both."""
+    given = {names.rename(name): name for name in found}
+    if not config.tie_embeddings or not {names.head, names.embedding} <= set(given):
+        return None
+    return given[names.head], given[names.embedding]
+
+
+def check_tied(config: LMConfig, names: Names, weights: Mapping[str, Any]) -> None:
+    """Raises ValueError if the file has a head that differs from the embedding it is tied to."""
+    tied = tied_head(config, names, weights)
+    if tied is not None and not np.array_equal(weights[tied[0]], weights[tied[1]]):
+        raise ValueError(
+            f"checkpoint does not fit the model:\n  {tied[0]} differs from {tied[1]}, to which it is tied"
+        )
+
+
+def tensors(config: LMConfig, names: Names, shapes: Shapes) -> list[Tensor]:
     """Every tensor of a published checkpoint of ``config``, for parameters of ``shapes``.
 
     Raises:
@@ -140,67 +173,92 @@ def tensors(config: LMConfig, names: Names, shapes: Mapping[Path, tuple[int, ...
         raise ValueError(
             f"model.pattern={config.pattern!r}: the checkpoint format has layers {expected} only"
         )
-    for i, (symbol, (prefix, index)) in enumerate(zip(config.layers, _slots(config))):
+    for i, (symbol, (prefix, index)) in enumerate(zip(config.layers, slots(config))):
         for name, table in names.sublayers[symbol].items():
             rows.append((name.format(i // size), prefix, index, table))
 
     found, unnamed = [], set(shapes)
     for name, prefix, index, table in rows:
-        parts = tuple(((*prefix, *ours.split(".")), index) for ours in table)
-        if all(path in shapes for path, _ in parts):
-            found.append(_describe(name, parts, shapes, config))
-            unnamed -= {path for path, _ in parts}
+        paths = [(*prefix, *ours.split(".")) for ours in table]
+        if all(path in shapes for path in paths):
+            found.append(_describe(name, paths, index, shapes, names, config))
+            unnamed -= set(paths)
     if unnamed:
         listed = ", ".join(sorted(".".join(map(str, path)) for path in unnamed))
         raise ValueError(f"the checkpoint format has no names for these parameters: {listed}")
     return found
 
 
-def _describe(name: str, parts: Any, shapes: Mapping[Path, tuple[int, ...]], config: LMConfig) -> Tensor:
-    published = []
-    for path, index in parts:
-        shape = shapes[path] if index is None else shapes[path][1:]
-        published.append(_layout(path)[1](np.broadcast_to(0, shape)).shape)
-    rows = sum(shape[0] for shape in published)
-    return Tensor(name, parts, tuple(published), config.vocab_size if parts[0][0] in VOCABULARY else rows)
-
-
-def _fill(flat: dict[Path, np.ndarray], tensor: Tensor, value: np.ndarray) -> None:
-    if len(value) < tensor.shape[0]:
-        value = np.concatenate([value, np.zeros((tensor.shape[0] - len(value), *value.shape[1:]))])
-    start = 0
-    for (path, index), shape in zip(tensor.parts, tensor.shapes):
-        part = _layout(path)[0](value[start : start + shape[0]])
-        flat[path][... if index is None else index] = part
-        start += shape[0]
-
-
-def _layout(path: Path) -> tuple[Callable[[np.ndarray], np.ndarray], Callable[[np.ndarray], np.ndarray]]:
-    """From the published layout of a parameter to ours, and back."""
-    if path[-1] == "kernel":  # torch keeps [out, in]
-        return np.transpose, np.transpose
-    if path[-1] == "weight":  # depthwise convolution: torch keeps [C, 1, K], we [K, C]
-        return lambda w: w[:, 0].T, lambda w: w.T[:, None]
-    return lambda w: w, lambda w: w
-
-
-def _slots(config: LMConfig) -> list[tuple[Path, int | None]]:
+def slots(config: LMConfig) -> list[tuple[Path, int | None]]:
     """Where the parameters of each sub-layer are: path, and which of the stacked repeats, or None."""
-    slots: list[tuple[Path, int | None]] = []
+    found: list[tuple[Path, int | None]] = []
     for run, (unit, repeats) in enumerate(patterns.runs(config.layers)):
         for repeat in range(repeats):
             index = repeat if repeats > 1 else None
-            slots += [(("backbone", "runs", run, "layers", i), index) for i in range(len(unit))]
-    return slots
+            found += [(("backbone", "runs", run, "layers", i), index) for i in range(len(unit))]
+    return found
 
 
-def _shapes(config: LMConfig) -> dict[Path, tuple[int, ...]]:
-    shapes = Functional.create(lambda rngs: LM(config, rngs=rngs)).shapes
+def parameter_shapes(config: LMConfig) -> dict[Path, tuple[int, ...]]:
+    """Shape of every parameter of the model of ``config``."""
+    shapes = Functional.create(lambda rngs: MODELS[type(config)](config, rngs=rngs)).shapes
     return {path: leaf.shape for path, leaf in nnx.traversals.flatten_mapping(shapes).items()}
 
 
-def _rename(name: str, renamed: Mapping[str, str]) -> str:
-    for old, new in renamed.items():
-        if name.startswith(old):
-            return new + name.removeprefix(old)
-    return name
+def _describe(
+    name: str, paths: Sequence[Path], index: int | None, shapes: Shapes, names: Names, config: LMConfig
+) -> Tensor:
+    """A tensor of the parameters ``paths``, of one of their repeats."""
+    inputs_first = names.inputs_first and paths[0] not in VOCABULARY
+    axes = _axes(paths[0], len(shapes[paths[0]]) - (index is not None), inputs_first)
+    outputs = 1 if inputs_first and len(axes) == 2 and paths[0][-1] == "kernel" else 0
+    blocks = []
+    for path in paths:
+        box, moved = [(0, n) for n in shapes[path]], axes
+        if index is not None:  # the stack is the parameter's first axis, and none of the tensor's
+            box[0] = (index, index + 1)
+            moved = tuple(None if axis is None else axis + 1 for axis in axes)
+        sizes = [(0, 1) if axis is None else (0, box[axis][1] - box[axis][0]) for axis in moved]
+        blocks.append(Block(path, tuple(box), tuple(sizes), moved))
+    tensor = stack(name, blocks, outputs, names.skipped.get(name, 0))
+    return dataclasses.replace(tensor, least_rows=config.vocab_size) if paths[0] in VOCABULARY else tensor
+
+
+def _axes(path: Path, rank: int, inputs_first: bool) -> tuple[int | None, ...]:
+    """For every axis of a published tensor, that of the parameter ``path`` without the stack."""
+    if path[-1] == "kernel":
+        return (0, 1) if inputs_first else (1, 0)
+    if path[-1] == "weight":  # depthwise convolution: torch keeps [C, 1, K], we [K, C]
+        return (1, None, 0)
+    if path in SINGLE:
+        return (None, 0)
+    return tuple(range(rank))
+
+
+def _match(
+    config: LMConfig, expected: Iterable[Tensor], names: Names, found: Mapping[str, Sequence[int]]
+) -> list[tuple[str, Tensor]]:
+    """The expected tensors under their names in the file. Raises ValueError naming all that does not fit."""
+    wanted = {tensor.name: tensor for tensor in expected}
+    given = {names.rename(name): name for name in found if not names.ignores(name)}
+    twice = {name for name in found if given.get(names.rename(name), name) != name}
+    extra = set(given) - set(wanted)
+    if config.tie_embeddings:
+        extra.discard(names.head)
+    missing = [tensor for name, tensor in wanted.items() if name not in given]
+    problems = []
+    for i, tensor in enumerate(missing):
+        nearest = difflib.get_close_matches(tensor.name, extra, 1) if i < SUGGESTED else []
+        problems.append(
+            f"missing {tensor.name} {tensor.shape}" + "".join(f"; the nearest is {given[n]}" for n in nearest)
+        )
+    problems += [f"unexpected {name}" for name in sorted({given[n] for n in extra} | twice)]
+    placed = [(given[name], tensor) for name, tensor in wanted.items() if name in given]
+    problems += [
+        f"{name} is {tuple(found[name])}, expected {tensor.shape}"
+        for name, tensor in placed
+        if not tensor.fits(found[name])
+    ]
+    if problems:
+        raise ValueError("checkpoint does not fit the model:\n  " + "\n  ".join(problems))
+    return placed

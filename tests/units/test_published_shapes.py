@@ -40,7 +40,7 @@ def test_misfits_are_listed_by_name():
     with pytest.raises(ValueError) as error:
         published.params_from(config, weights, "mamba2")
     assert str(error.value).splitlines()[1:] == [
-        "  missing backbone.layers.1.mixer.D (8,)",
+        "  missing backbone.layers.1.mixer.D (8,); the nearest is backbone.layers.2.mixer.D",
         "  unexpected backbone.layers.2.mixer.D",
         "  backbone.embeddings.weight is (60, 32), expected (61, 32)",
         "  backbone.layers.0.mixer.in_proj.weight is (199, 32), expected (200, 32)",
