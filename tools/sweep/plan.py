@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import shlex
@@ -163,12 +164,7 @@ def run_of(
         spec = spec.replace(SOURCE, str(root / "runs" / name))
     workdir = root / "runs" / run_name(arm, rate, seed)
     try:
-        experiment = overrides.load(spec)
-        fields = _settings(experiment, arm, rate, seed)
-        config = saved.overridden(
-            experiment, [f"{name}={json.dumps(value)}" for name, value in fields.items()]
-        )
-        config.validate()
+        config, fields = _config(spec, json.dumps(dict(arm.overrides)), arm.name, rate, seed)
     except (ValueError, FileNotFoundError) as error:
         raise ConfigError(f"{study.name}, arm {arm.name}: {error}") from error
     flags = [
@@ -212,16 +208,27 @@ def _rates(study: Study, arm: Arm, outcomes: Mapping[str, Outcome]) -> list[floa
     return [] if rate is None else [rate]
 
 
-def _settings(config: Any, arm: Arm, rate: float, seed: int) -> dict[str, Any]:
-    """Overrides of the config; its rates are multiplied as they are after those of the arm."""
-    fields = dict(arm.overrides) | {"name": arm.name, "train.seed": seed}
+@functools.cache
+def _config(
+    spec: str, given: str, name: str, rate: float, seed: int
+) -> tuple[BaseExperiment, dict[str, Any]]:
+    """The config of a run, not to be changed, and the fields that differ from ``spec``.
+
+    Args:
+        given: the overrides of the arm, as JSON; the learning rates that result are multiplied.
+    """
+    config = overrides.load(spec)
+    fields: dict[str, Any] = json.loads(given) | {"name": name, "train.seed": seed}
     if hasattr(config.task, "seed"):
         fields["task.seed"] = seed
     if rate != 1:
-        for name in ("lr", "muon_lr") if config.optim.name == "muon" else ("lr",):
-            before = fields.get(f"optim.{name}", getattr(config.optim, name))
-            fields[f"optim.{name}"] = float(f"{rate * before:.6g}")
-    return fields
+        for field in ("lr", "muon_lr") if config.optim.name == "muon" else ("lr",):
+            before = fields.get(f"optim.{field}", getattr(config.optim, field))
+            fields[f"optim.{field}"] = float(f"{rate * before:.6g}")
+    fields = {field: tuple(v) if isinstance(v, list) else v for field, v in fields.items()}
+    config = saved.overridden(config, [f"{field}={json.dumps(value)}" for field, value in fields.items()])
+    config.validate()
+    return config, fields
 
 
 def _value(arm: Arm, outcome: Outcome) -> float:
