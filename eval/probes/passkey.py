@@ -7,7 +7,9 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 
 from eval.opened import OpenRun
 from eval.probes.answers import lengths_of, noise_of, read, tokenizer_of
@@ -19,6 +21,7 @@ from tasks.haystack.types import Request, Sample, TooShort
 MEASURES = {"exact_match": "keys exact", "per_digit": "digits right", "key_nats": "nats of a key"}
 LAST = (0.25, 0.5)  # training lengths; and all lengths that were measured
 RECALLED = 0.95
+LEGIBLE = 60  # cells of a heat map with room for numbers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,14 +111,18 @@ class Passkey:
         panels = figure.subplots(len(grids), len(MEASURES), squeeze=False)
         for row, (style, grid) in zip(panels, grids.items()):
             for axes, (measure, label) in zip(row, MEASURES.items()):
-                worst = chance(style)["nats"] if measure == "key_nats" else 1.0
-                colours = "viridis_r" if measure == "key_nats" else "viridis"
                 values = np.array(grid[measure], float).T
+                nats = measure == "key_nats"
+                worst = max(chance(style)["nats"], values.max()) if nats else 1.0
+                colours = "viridis_r" if nats else "viridis"
                 image = axes.imshow(values, vmin=0, vmax=worst, cmap=colours, aspect="auto")
+                if values.size <= LEGIBLE:
+                    _write(axes, values, image)
+                else:
+                    figure.colorbar(image, ax=axes)
                 axes.set_xticks(range(len(grid["lengths"])), [str(lengths[n]) for n in grid["lengths"]])
-                axes.set_yticks(range(self.depths), [f"{100 * d:.0f} %" for d in self._depths])
+                axes.set_yticks(range(len(grid["depths"])), [f"{100 * d:.0f} %" for d in grid["depths"]])
                 axes.set(xlabel="prompt length (tokens)", ylabel="depth", title=f"{style}: {label}")
-                figure.colorbar(image, ax=axes)
         figure.suptitle(f"Passkey (trained at {result.numbers['training_length']} tokens)", fontsize=10)
         return figure
 
@@ -169,3 +176,11 @@ class Passkey:
                     x, list(values.values()), "prompt length", "nats" if measure == "key_nats" else "share"
                 )
         return curves
+
+
+def _write(axes: Axes, values: np.ndarray, image: AxesImage) -> None:
+    """Numbers into the cells of a heat map, in white on dark colours and in black on light ones."""
+    for (row, column), value in np.ndenumerate(values):
+        red, green, blue, _ = image.to_rgba(value)
+        ink = "black" if 0.3 * red + 0.6 * green + 0.1 * blue > 0.5 else "white"
+        axes.text(column, row, f"{value:.3g}", ha="center", va="center", color=ink, fontsize=8)

@@ -23,9 +23,10 @@ from objectives import model_of, objective_of
 from runtime.mesh import MeshConfig, make_mesh
 from tasks.haystack.config import HaystackConfig
 from tasks.haystack.passkey import GENERATORS
-from tasks.haystack.rows import answer_metrics
+from tasks.haystack.rows import HaystackRows, answer_metrics
 from tasks.haystack.types import EVALUATION, Request, side_of
 from tasks.lm import LMTask
+from tasks.plant import PlantConfig
 from tasks.tokenizer import ByteTokenizer
 from tests.experiments import tiny, write_corpus
 
@@ -311,6 +312,12 @@ def test_tasks_that_cannot_work_are_named(config):
     for fields, message in cases:
         with pytest.raises(ValueError, match=message):
             task_with(config, **fields)
+    text = LMTask(dataclasses.replace(config.task, haystack=HaystackConfig()))
+    corpora = text.training, text.validation
+    with pytest.raises(ValueError, match="token arrays without one"):
+        HaystackRows(config.task.haystack, None, corpora, LENGTH, (4, LENGTH))
+    with pytest.raises(ValueError, match="task.plant.distances and task.haystack.share are both set"):
+        LMTask(dataclasses.replace(config.task, plant=PlantConfig((100,), 400)))
     for field, value in (("packing", "buckets"), ("carry_state", True)):
         task = dataclasses.replace(config.task, **{field: value})
         with pytest.raises(ValueError, match=f"task.{field}={value!r} does not go with|power of two"):
