@@ -2,7 +2,8 @@
 
 Command: ``python train.py --config=configs/passkey_stdlib.py:mamba2 --workdir=runs/passkey`` (or attention,
     hybrid; ",D_STATE" after mamba2 or hybrid sets the states of a channel). From a run of the same variant of
-    configs/lm_stdlib.py: ``--config.init_from=runs/mamba2``. By length and depth: ``--probes=passkey``.
+    configs/lm_stdlib.py: ``--config.init_from=runs/mamba2``. By length and depth, in the noise of training:
+    ``python -m eval.run --workdir=runs/passkey --probes=passkey --set=passkey.noise=sentences``.
 Hardware: 2 CPU cores. Metric: ``haystack_LENGTH/exact_match``, of keys that training never had; not yet
     recorded.
 

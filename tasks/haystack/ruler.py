@@ -43,7 +43,7 @@ CODE = (
 def variable_tracking(request: Request) -> Sample:
     """``VAR AAAAA = 12345``, ``VAR BBBBB = VAR AAAAA``, ... in the published noise: all names are asked for.
 
-    One chain of four hops. RULER puts a solved example before it; there is none here. Raises TooShort.
+    One chain of four hops, without the solved example that RULER puts before it. Raises TooShort.
     """
     rng = request.rng
     names = different(lambda: words.letters(rng, 5, string.ascii_uppercase), HOPS + 1)
@@ -127,8 +127,8 @@ def frequent_words(request: Request) -> Sample:
 
     each = max(len(request.tokenizer.encode(f"{coded[1]} ")) / 2, 1)
     sample = largest(build, lambda x: len(x.prompt), request.length, upper, each, "fwe")
-    text = request.tokenizer.decode(sample.prompt)
-    last, next_ = (text.count(f" {coded[i]} ") for i in (ASKED, ASKED + 1))
+    written = request.tokenizer.decode(sample.prompt).split()
+    last, next_ = (written.count(coded[i]) for i in (ASKED, ASKED + 1))
     if last <= next_:
         raise TooShort(
             f"fwe: in a text of {request.length} tokens the third word stands {last} times and the fourth "
