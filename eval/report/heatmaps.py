@@ -22,14 +22,9 @@ def draw(heatmap: HeatMap) -> str:
             f'<svg viewBox="0 0 {WIDTH} {ROW + BOTTOM}" role="img" aria-label="{label}">'
             f'<text x="{WIDTH / 2}" y="{ROW}" class="empty">nothing recorded</text></svg>'
         )
-    height = TOP + ROW * len(heatmap.y) + BOTTOM
-    return "".join(
-        [
-            f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{label}">',
-            *_cells(heatmap),
-            "</svg>",
-        ]
-    )
+    height = TOP + _row(heatmap) * len(heatmap.y) + BOTTOM
+    begin = f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{label}">'
+    return "".join([begin, *_cells(heatmap), "</svg>"])
 
 
 def describe(heatmap: HeatMap) -> str:
@@ -47,15 +42,20 @@ def shade(heatmap: HeatMap, value: float) -> float:
     return min(max((value - heatmap.low) / (heatmap.high - heatmap.low), 0.0), 1.0)
 
 
+def _row(heatmap: HeatMap) -> int:
+    """Height of a row: the name of the axis must fit beside few of them."""
+    return max(ROW, math.ceil((LETTER * len(heatmap.ylabel) + 6) / len(heatmap.y)))
+
+
 def _cells(heatmap: HeatMap) -> Iterator[str]:
     left = 24 + min(LETTER * max(map(len, heatmap.y)), 0.4 * WIDTH)
-    wide = (WIDTH - left - RIGHT) / len(heatmap.x)
-    bottom = TOP + ROW * len(heatmap.y)
+    wide, high = (WIDTH - left - RIGHT) / len(heatmap.x), _row(heatmap)
+    bottom = TOP + high * len(heatmap.y)
     for i, (name, row) in enumerate(zip(heatmap.y, heatmap.values)):
-        y = TOP + ROW * i
-        yield _text("tick", f'x="{left - 6:.1f}" y="{y + 17}" text-anchor="end"', name)
+        y = TOP + high * i
+        yield _text("tick", f'x="{left - 6:.1f}" y="{y + high / 2 + 4}" text-anchor="end"', name)
         for j, value in enumerate(row):
-            yield _cell(heatmap, value, left + wide * j, y, wide)
+            yield _cell(heatmap, value, left + wide * j, y, wide, high)
     every = max(
         1, math.ceil(len(heatmap.x) * (LETTER * max(map(len, heatmap.x)) + 4) / (WIDTH - left - RIGHT))
     )
@@ -72,11 +72,11 @@ def _text(kind: str, place: str, text: str) -> str:
     return f'<text class="{kind}" {place}>{html.escape(text)}</text>'
 
 
-def _cell(heatmap: HeatMap, value: float, x: float, y: float, wide: float) -> str:
-    place = f'x="{x:.1f}" y="{y}" width="{wide:.1f}" height="{ROW}"'
+def _cell(heatmap: HeatMap, value: float, x: float, y: float, wide: float, high: float) -> str:
+    place = f'x="{x:.1f}" y="{y}" width="{wide:.1f}" height="{high}"'
     if not math.isfinite(value):
         return f'<rect class="cell none" {place}/>'
     rect = f'<rect class="cell" {place} fill-opacity="{DARKEST * shade(heatmap, value):.3f}"/>'
     if wide < NARROWEST:
         return rect
-    return f'{rect}<text class="value" x="{x + wide / 2:.1f}" y="{y + 17}">{value:.2f}</text>'
+    return f'{rect}<text class="value" x="{x + wide / 2:.1f}" y="{y + high / 2 + 4}">{value:.2f}</text>'

@@ -13,18 +13,19 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from eval import fits
+from eval.report import words
 from eval.report.document import Chart, HeatMap, Section, Series
 from eval.studies.reading import levels, number, probed, where
 from eval.studies.types import Analysis, Finding, Record, judge
 
 STYLE = "stuffed_mamba"
-ACCURATE, GOOD_FIT = 0.95, 0.9
+ACCURATE, GOOD_FIT, LIMIT = 0.95, 0.9, 2.0
 STATE = "thousands of numbers in the recurrent state"
 PAPER = "arXiv:2410.07145"
 Points = list[tuple[float, float]]
@@ -38,12 +39,13 @@ def analyse(records: Sequence[Record], settings: Mapping[str, Any]) -> Analysis:
     findings, sections = [], []
     if forget:
         findings.append(_linear(lines, found_line, _censored(forget)))
-        chart = _chart("Training length that it takes to learn to forget", "T_forget", lines, found_line)
-        sections.append(Section("Forgetting", [chart, forgets_map(forget)]))
+        charts = _charts("Training length that it takes to learn to forget", "T_forget", lines, found_line)
+        sections.append(Section("Forgetting", [*charts, forgets_map(forget), growth_map(forget)]))
     if recall:
         findings.append(_exponential(curves, found_curve, straight))
-        chart = _chart("Longest context with a passkey found", "T_recall", curves, found_curve)
-        sections.append(Section("Recall", [chart, recall_map(recall)]))
+        charts = _charts("Longest context with a passkey found", "T_recall", curves, found_curve)
+        maps = [accuracy_map(recall, what) for what in ("exact_match", "per_digit")]
+        sections.append(Section("Recall", [*charts, *(drawn for drawn in maps if drawn.x)]))
     return Analysis(findings, sections)
 
 
@@ -53,12 +55,10 @@ def forgets(record: Record) -> bool | None:
     return None if found is None else bool(found)
 
 
-def accuracy_by_length(record: Record) -> dict[int, float]:
-    """Exact match of the passkey by context length, the mean over depths."""
+def accuracy_by_length(record: Record, what: str = "exact_match") -> dict[int, float]:
+    """Of the passkey by context length, the mean over depths: of whole keys, or "per_digit"."""
     lengths = probed(record, "passkey", "lengths") or {}
-    found = {
-        at: number(probed(record, "passkey", f"{STYLE}_exact_match", name)) for name, at in lengths.items()
-    }
+    found = {at: number(probed(record, "passkey", f"{STYLE}_{what}", name)) for name, at in lengths.items()}
     return {at: value for at, value in sorted(found.items()) if value is not None}
 
 
@@ -105,7 +105,7 @@ def _censored(records: Sequence[Record]) -> str:
         found = [forgets(r) for r in mine if forgets(r) is not None]
         always += bool(found and found[0])
         never += bool(found and not any(found))
-    said = [f"{always} sizes forget at the shortest length tried"] if always else []
+    said = [f"{words.plural(always, 'size')} already at the shortest length tried"] if always else []
     said += [f"{never} at none"] if never else []
     return ", ".join(said)
 
@@ -160,39 +160,59 @@ def _numbers(fit: fits.Fit, points: Points) -> dict[str, Any]:
     return fields | {"points": points}
 
 
-def _chart(title: str, label: str, points: Points, fit: fits.Fit | None) -> Chart:
+def _charts(title: str, label: str, points: Points, fit: fits.Fit | None) -> list[Chart]:
+    """One, or none without a point."""
+    if not points:
+        return []
     series = [Series(label, [x for x, _ in points], [y for _, y in points], marks=True, line=False)]
     if fit is not None:
         x = np.linspace(min(x for x, _ in points), max(x for x, _ in points), 60)
         series.append(Series(_law(fit), x.tolist(), fit(x).tolist(), colour=1, dash=0))
-    return Chart(title, STATE, f"{label}, tokens", series, "A point is a state size and a seed.")
+    return [Chart(title, STATE, f"{label}, tokens", series, "A point is a state size and a seed.")]
 
 
 def forgets_map(records: Sequence[Record]) -> HeatMap:
     """Share of seeds that have learned to forget."""
-
-    def cell(found: Sequence[Record]) -> float:
-        known = [value for r in found if (value := forgets(r)) is not None]
-        return sum(known) / len(known) if known else math.nan
-
-    return _map(records, "Learned to forget, share of seeds", cell)
+    cells = [[_mean(map(forgets, found)) for found in row] for row in _by_length(records)]
+    return _map(records, "Learned to forget, share of seeds", cells, 0.0, 1.0)
 
 
-def recall_map(records: Sequence[Record]) -> HeatMap:
-    """Longest context with the passkey found, as a share of the longest over all."""
-    longest = max((t for _, t in recall_points(records)), default=1.0)
+def growth_map(records: Sequence[Record]) -> HeatMap:
+    """What `forgets` is decided by."""
 
-    def cell(found: Sequence[Record]) -> float:
-        reached = [
-            max((at for at, v in accuracy_by_length(r).items() if v > ACCURATE), default=0) for r in found
-        ]
-        return sum(reached) / len(reached) / longest if reached else math.nan
+    def growth(record: Record) -> float | None:
+        return number(probed(record, "state_collapse", "loss_growth", "text"))
 
-    return _map(records, f"T_recall as a share of {longest:g} tokens", cell)
+    cells = [[_mean(map(growth, found)) for found in row] for row in _by_length(records)]
+    return _map(records, "Largest loss beyond the training length / within it", cells, 1.0, LIMIT)
 
 
-def _map(records: Sequence[Record], title: str, cell: Any) -> HeatMap:
-    lengths, sizes = sorted(levels(records, "length")), sorted(levels(records, "d_state"))
-    rows = [[cell(where(records, d_state=n, length=t)) for t in lengths] for n in sizes]
+def accuracy_map(records: Sequence[Record], what: str) -> HeatMap:
+    """By context length, of the training length that is best there; the mean over seeds."""
+    sizes, best = sorted(levels(records, "d_state")), dict[tuple[int, int, int], float]()
+    for record in records:
+        for at, value in accuracy_by_length(record, what).items():
+            key = record.factor("d_state"), at, record.seed
+            best[key] = max(value, best.get(key, 0.0))
+    lengths = sorted({at for _, at, _ in best})
+    rows = [[_mean(v for (m, at, _), v in best.items() if (m, at) == (n, t)) for t in lengths] for n in sizes]
     columns, names = [str(t) for t in lengths], [str(n) for n in sizes]
-    return HeatMap(title, "training length", "d_state", columns, names, rows, caption="Mean over seeds.")
+    caption = "Of the best training length. Mean over seeds."
+    title = {"exact_match": "Passkeys found", "per_digit": "Digits of the passkey right"}[what]
+    return HeatMap(title, "context length", "d_state", columns, names, rows, caption=caption)
+
+
+def _by_length(records: Sequence[Record]) -> list[list[list[Record]]]:
+    """The records of each state size (rows) and training length (columns)."""
+    lengths, sizes = sorted(levels(records, "length")), sorted(levels(records, "d_state"))
+    return [[where(records, d_state=n, length=t) for t in lengths] for n in sizes]
+
+
+def _mean(found: Iterable[float | None]) -> float:
+    known = [value for value in found if value is not None]
+    return sum(known) / len(known) if known else math.nan
+
+
+def _map(records: Sequence[Record], title: str, rows: list[list[float]], low: float, high: float) -> HeatMap:
+    columns, names = ([str(v) for v in sorted(levels(records, factor))] for factor in ("length", "d_state"))
+    return HeatMap(title, "training length", "d_state", columns, names, rows, low, high, "Mean over seeds.")

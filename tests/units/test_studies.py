@@ -89,7 +89,9 @@ def capacity_records(t_forget, t_recall):
     lengths, found = [64, 128, 256, 512, 1024], []
     for d_state, state in ((4, 1000), (8, 2000), (16, 4000), (32, 8000), (64, 16_000)):
         for length in lengths:
-            probes = {"": {"state_collapse": {"forgets": int(length >= t_forget(state / 1e3))}}}
+            learned = length >= t_forget(state / 1e3)
+            numbers = {"forgets": int(learned), "loss_growth": {"text": 1 if learned else 3}}
+            probes = {"": {"state_collapse": numbers}}
             factors = {"measures": "forget", "d_state": d_state, "length": length}
             found.append(record(factors, state=state, probes=probes))
         reach = t_recall(state / 1e3)
@@ -119,14 +121,17 @@ def test_state_capacity_fits_its_two_laws():
         and not scatter.line
         and curve.y[-1] == pytest.approx(scatter.y[-1], rel=1e-2)
     )
-    heat = analysis.sections[0].blocks[1]
+    _, heat, growth = analysis.sections[0].blocks
+    assert growth.values[0] == [3, 1, 1, 1, 1]
+    _, exact = analysis.sections[1].blocks  # no digits were counted
+    assert exact.values[0][0] == 0.97
     assert heat.values[0] == [0, 1, 1, 1, 1] and heat.values[-1] == [0] * 5
 
 
 def test_models_that_all_forget_measure_no_law():
     analysis = ANALYSES["state_capacity"](capacity_records(lambda n: 1, lambda n: 100), {})
     forget, recall = analysis.findings
-    assert forget.verdict == "not measured" and "5 sizes forget at the shortest length" in forget.found
+    assert forget.verdict == "not measured" and "5 sizes already at the shortest length" in forget.found
     assert recall.verdict != "reproduced", "the same context whatever the state"
 
 
