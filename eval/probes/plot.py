@@ -8,6 +8,8 @@ from matplotlib.figure import Figure
 
 from eval.probes.types import Curve
 
+DENSE = 40  # points from which on they are not marked one by one
+
 
 def plot_curves(
     curves: Mapping[str, Curve],
@@ -28,13 +30,22 @@ def plot_curves(
     columns = min(max(len(quantities), 1), 2)
     rows = max(-(-len(quantities) // columns), 1)
     figure = Figure(figsize=(6.4 * columns, 4.2 * rows), dpi=130, layout="constrained")
-    for axes, quantity in zip(figure.subplots(rows, columns, squeeze=False).flat, quantities):
+    panels = figure.subplots(rows, columns, squeeze=False).ravel()
+    for unused in panels[len(quantities) :]:
+        unused.set_axis_off()
+    for axes, quantity in zip(panels, quantities):
         marked = {} if quantity[0] in linear else marks or {}
         for i, (name, value) in enumerate(marked.items()):
             axes.axvline(value, ls=("--", "-.", ":")[i % 3], lw=1, color="0.5", label=name)
         for name, curve in curves.items():
             if (curve.xlabel, curve.ylabel) == quantity:
-                axes.errorbar(curve.x, curve.y, curve.error, lw=1.5, marker="o", ms=3, capsize=2, label=name)
+                dense = len(curve.x) > DENSE
+                look = (
+                    {"lw": 1.0, "elinewidth": 0.3}
+                    if dense
+                    else {"lw": 1.5, "marker": "o", "ms": 3, "capsize": 2}
+                )
+                axes.errorbar(curve.x, curve.y, curve.error, label=name, **look)
         if quantity[0] not in linear:
             axes.set_xscale("log", base=2)
             axes.xaxis.set_major_formatter("{x:g}")

@@ -23,6 +23,7 @@ from models.functional import Functional
 from models.walk import Visit, embed, layer_name, sub_layers, walk
 
 DEPTH, SPREAD = "sub-layer", "A_max - A_min"
+RELATIVE, COSINE = "mean distance of pairs / mean norm", "mean cosine of pairs"
 PAIRED = 256  # tokens of a row, evenly spread, between which distances are taken
 BINS = 20
 
@@ -71,10 +72,10 @@ class Smoothing:
             arrays[name], error = rows.mean(axis=0), standard_error(rows)
             arrays[f"{name}_standard_error"] = error
             there = np.isfinite(arrays[name][:, 0])
-            for column, label in ((1, "pairwise distance / mean norm"), (2, "mean pairwise cosine")):
+            for column, short, label in ((1, "distance", RELATIVE), (2, "cosine", COSINE)):
                 if there.any():
                     y, e = arrays[name][there, column], error[there, column]
-                    curves[f"{name.replace('_', ' ')}, {label}"] = Curve(
+                    curves[f"{name.replace('_', ' ')}, {short}"] = Curve(
                         1 + np.flatnonzero(there), y, DEPTH, label, e
                     )
         numbers: dict[str, Any] = {"training_length": trained, "length": length, "rows": len(tokens)}
