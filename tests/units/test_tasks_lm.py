@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import pickle
 import subprocess
 import sys
 import zlib
@@ -47,8 +48,8 @@ def test_task_contract(config):
 
 def test_another_process_gets_the_same_batch(config):
     code = (
-        "import zlib; from tasks.lm import LMTask, LMTaskConfig; from tasks.plant import PlantConfig\n"
-        f"batch = LMTask({config!r}).train()[17]\n"
+        "import pickle, zlib; from tasks.lm import LMTask\n"
+        f"batch = LMTask(pickle.loads({pickle.dumps(config)!r})).train()[17]\n"
         "print(zlib.crc32(b''.join(batch[k].tobytes() for k in sorted(batch))))"
     )
     batch = LMTask(config).train()[17]
