@@ -1,8 +1,8 @@
 """Speed of the data generators on one core: ``python -m benchmarks.generators [--quick]``.
 
 CPU milliseconds per example, tables made beforehand, of Pathfinder at its four sizes and of ListOps, beside
-those of the public generators where those were measured (elsewhere, on another machine), and of the recall
-tasks. Prints a table; writes JSON with the machine named.
+those of the public generators where those were measured (elsewhere, on another machine), of the recall tasks,
+and of needles in text. Prints a table; writes JSON with the machine named.
 """
 
 from __future__ import annotations
@@ -21,9 +21,12 @@ from rich.table import Table
 
 from benchmarks import machine
 from benchmarks.results_file import write
+from tasks import haystack
+from tasks.haystack.types import Request, Sample
 from tasks.lra import listops, pathfinder
 from tasks.recall import RecallTask, RecallTaskConfig, Size
 from tasks.recall.copying import CopyingSpec
+from tasks.tokenizer import ByteTokenizer
 
 METHOD = (
     "CPU time of one process over consecutive blocks of examples; how long an example of Pathfinder or "
@@ -70,6 +73,7 @@ def generators() -> list[Generator]:
         Generator("Pathfinder 256", images(256), 50, 5, 240.0, 50.0),
         Generator("ListOps", expressions, 1000, 5, 3.1, 0.6),
         *_recall(),
+        *_needles(),
     ]
 
 
@@ -91,6 +95,21 @@ def _recall() -> list[Generator]:
         return lambda start, stop: task.held_out(size, np.arange(start, stop))
 
     return [Generator(name, rows(config, size), 250, 8, None, 1.0) for name, config, size in cases]
+
+
+def _needles() -> list[Generator]:
+    """Needles in 4096 bytes of the text that each task was published with, or of sentences made by rule."""
+    tokenizer = ByteTokenizer()
+
+    def prompts(name: str) -> Callable[[int, int], object]:
+        def make(start: int, stop: int) -> list[Sample]:
+            rngs = (np.random.default_rng(i) for i in range(start, stop))
+            return [haystack.GENERATORS[name](Request(rng, tokenizer, 4096)) for rng in rngs]
+
+        return make
+
+    names = ("stuffed_mamba", "landmark", "niah_single_2", "niah_multikey_3", "vt", "cwe", "fwe", "qa3")
+    return [Generator(f"{name} in 4096", prompts(name), 50, 4, None, None) for name in names]
 
 
 def measure(generator: Generator, quick: bool) -> dict[str, Any]:
