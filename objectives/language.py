@@ -88,12 +88,16 @@ class LanguageModelling:
         return 3 * per_token * self.tokens_per_step
 
     def verdict(self, history: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
-        """Never any."""
+        """Never any; odds that follow rewards learn here."""
+        if self.task.mixture is not None:
+            self.task.mixture.observe(history)
         return "", ""
 
     def prepare(self, workdir: epath.Path) -> None:
-        """Copies the tokenizer."""
+        """Copies the tokenizer; odds that follow rewards take in what the run has recorded."""
         self.task.save_tokenizer(workdir)
+        if self.task.mixture is not None and self.task.mixture.rewarded is not None:
+            self.task.mixture.rewarded.read(workdir / "metrics.jsonl")
 
 
 def check_groups(config: Any, mesh: jax.sharding.Mesh, lengths: Mapping[str, int]) -> None:

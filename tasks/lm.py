@@ -17,6 +17,7 @@ from tasks import bpe, sources
 from tasks.buckets import BucketPacker, Curriculum
 from tasks.haystack.config import HaystackConfig
 from tasks.haystack.rows import HaystackRows, answer_metrics
+from tasks.mixture import Mixture, MixtureConfig
 from tasks.packing import Layout, Packer
 from tasks.prepared import Prepared
 from tasks.token_arrays import check_ids
@@ -39,6 +40,7 @@ class LMTaskConfig(sources.SourceConfig):
         eval_seq_len, eval_batch_size: for validation; None: as in training.
         eval_batches: at most this many validation batches; None: all.
         haystack: rows of needles in text instead of text; see `tasks.haystack.config`.
+        mixture: objectives besides the next token, and masked input, in training; see `tasks.mixture`.
     """
 
     seq_len: int = 256
@@ -53,6 +55,7 @@ class LMTaskConfig(sources.SourceConfig):
     eval_batch_size: int | None = None
     eval_batches: int | None = None
     haystack: HaystackConfig = dataclasses.field(default_factory=HaystackConfig)
+    mixture: MixtureConfig = dataclasses.field(default_factory=MixtureConfig)
 
 
 class LMTask:
@@ -61,7 +64,7 @@ class LMTask:
     ``training`` and ``validation`` are the corpora, ``manifest`` the files of a byte source (else None),
     ``tokenizer`` turns text into ids (None for token arrays); ``eval_shape`` is (B, L) of validation batches.
     ``byte_lengths`` int32 [V] holds the bytes that each token stands for, where that is known exactly, and
-    ``bytes_per_token`` their mean, where only that is.
+    ``bytes_per_token`` their mean, where only that is. ``haystack`` makes rows of needles in text.
 
     Raises:
         FileNotFoundError, ValueError: from the source, the layout, or a corpus below one batch.
@@ -107,11 +110,12 @@ class LMTask:
         # Its own fixed seed: validation is the same whatever the seed of the run.
         self._eval = Packer(self.validation, eval_layout, seed=0, once=True)
         self.haystack = self._make_haystack() if config.haystack.share else None
+        self.mixture = self._make_mixture() if config.mixture.added_ids else None
 
     @property
     def vocab_size(self) -> int:
-        """Number of token ids."""
-        return self._vocab_size
+        """Number of token ids; those of a mixture of objectives follow those of the text."""
+        return self._vocab_size + self.config.mixture.added_ids
 
     @property
     def steps_per_epoch(self) -> int:
@@ -136,15 +140,19 @@ class LMTask:
         batches = self._train.dataset(rows)
         if self.haystack is not None:
             batches = self.haystack.into(batches, rows, self.config.batch_size)
-        return self._checked(batches, "training")
+        batches = self._checked(batches, "training")
+        if self.mixture is not None:
+            batches = self.mixture.into(batches, rows, self.config.batch_size)
+        return batches
 
     def eval_sets(self, rows: slice | None = None) -> dict[str, grain.MapDataset]:
         """``{"validation": dataset}``: every held-out target exactly once (unless ``eval_batches``
         limits it), in a fixed shuffled order; padding has segment 0 and weight 0. Needles in text add
-        ``haystack_LENGTH`` for each length, of answers alone."""
+        ``haystack_LENGTH`` for each length, of answers alone; a mixture adds a set for each objective."""
         text = self._checked(self._eval.dataset(rows, self.config.eval_batches), "validation")
         needles = self.haystack.eval_sets(rows) if self.haystack is not None else {}
-        return {"validation": text, **needles}
+        mixed = self.mixture.eval_sets(text, rows, self.eval_shape[0]) if self.mixture is not None else {}
+        return {"validation": text, **needles, **mixed}
 
     def loss(self, output: Mapping[str, Array], batch: Batch) -> Mean:
         """(sum of nats, number of targets), from ``output["nll"]`` float [B, L]: nats per target."""
@@ -208,6 +216,24 @@ class LMTask:
             raise ValueError("task.plant.distances and task.haystack.share are both set; use one of them")
         corpora = self.training, self.validation
         return HaystackRows(c.haystack, self.tokenizer, corpora, c.seq_len, self.eval_shape)
+
+    def _make_mixture(self) -> Mixture:
+        c = self.config
+        held_out = self.eval_shape[1] if c.mixture.eval_batches else c.seq_len
+        for field, found in (
+            ("packing='buckets'", c.packing == "buckets"),
+            ("carry_state=True", c.carry_state),
+            ("plant.distances", c.plant.distances),
+            ("haystack.share", c.haystack.share),
+        ):
+            if c.mixture.objectives and found:
+                raise ValueError(
+                    f"task.{field} does not go with task.mixture.objectives, which make rows of one length, "
+                    "each a document of its own"
+                )
+        if self.byte_lengths is not None:
+            self.byte_lengths = np.pad(self.byte_lengths, (0, c.mixture.added_ids))
+        return Mixture(c.mixture, self._vocab_size, c.seq_len, min(held_out, c.seq_len))
 
     def _open_tokenizer(self, corpus: Prepared) -> None:
         self._tokenizer_file, self.tokenizer = corpus.tokenizer, ByteTokenizer()
