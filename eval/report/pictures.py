@@ -20,6 +20,8 @@ def save_pictures(report: Report, directory: epath.PathLike) -> list[epath.Path]
     """Writes every chart and heat map to ``directory``, named by section and title; returns their paths."""
     directory, paths = epath.Path(directory), list[epath.Path]()
     directory.mkdir(parents=True, exist_ok=True)
+    for old in directory.glob("[0-9][0-9]_*.png"):  # of an earlier report, which may have had others
+        old.unlink()
     for number, (section, block) in enumerate(_drawn(report), 1):
         name = re.sub(r"[^a-z0-9]+", "_", f"{section} {block.title}".lower()).strip("_")[:80]
         path = directory / f"{number:02d}_{name}.png"

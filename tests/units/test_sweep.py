@@ -160,12 +160,13 @@ def test_an_interruption_stops_the_jobs_and_reports_what_there_is(spec, tmp_path
     assert fake.stopped and "0 of 3 runs" in json.loads((tmp_path / "study.json").read_text())["notes"][0]
 
 
-def test_a_dry_run_lists_commands_and_numbers(spec, tmp_path, capsys):
+def test_a_dry_run_lists_commands_and_numbers(spec, tmp_path, capsys, monkeypatch):
     (tmp_path / "s.py").write_text(
         "from configs.study import *\n"
         f"def get_study(arg='x'):\n return Study(arg, '?', 'recall', (Arm('a', {spec!r}, rates=(1.0, 0.5), "
         "seeds=(0, 1), examinations=(Examination(('bits_per_byte',)),)),))\n"
     )
+    monkeypatch.setattr(command.signal, "signal", lambda *_: None)
     command.main([f"--study={tmp_path}/s.py:mine", f"--workdir={tmp_path}/w", "--dry-run"])
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 3 and lines[1].startswith(
@@ -217,15 +218,14 @@ def test_what_is_misspelt_is_answered_before_anything_runs(spec, tmp_path):
     ):
         with pytest.raises(ConfigError, match=message):
             command.run(study_of(spec, arm), tmp_path, Fake(None, tmp_path), QUIET)
-    study = study_of(spec, Arm("a", spec, rates=(1.0, 2.0), metric="validation/accuracy"))
-    with pytest.raises(
-        ConfigError, match="validation/accuracy' is not in the results; there are validation/loss"
-    ):
-        command.run(study, tmp_path, Fake(study, tmp_path), QUIET)
+    study = study_of(spec, Arm("a", spec, rates=(1.0, 2.0), metric="accuracy"), Arm("b", spec))
+    outcomes = command.run(study, tmp_path, Fake(study, tmp_path), QUIET)
+    assert "'accuracy' is not in the results; there are validation/loss" in outcomes["a/rate1_seed0"].why
+    assert outcomes["b/rate1_seed0"].ok
 
 
 def test_processes_tell_how_they_ended_and_are_stopped(tmp_path):
-    processes = LocalProcesses(2)
+    processes = LocalProcesses(2, tmp_path / "lock")
     processes.start("bad", ("-c", "import sys; print('said'); sys.exit(3)"), tmp_path / "logs/bad.log")
     processes.start("long", ("-c", "import time; time.sleep(60)"), tmp_path / "logs/long.log")
     deadline = time.monotonic() + 20
@@ -234,7 +234,11 @@ def test_processes_tell_how_they_ended_and_are_stopped(tmp_path):
     assert codes == {"bad": 3} and "said" in (tmp_path / "logs/bad.log").read_text()
     process = processes._running["long"]
     assert os.getpgid(process.pid) == process.pid, "Ctrl-C is for the sweep alone"
+    processes._lock.close()  # as if the sweep had been killed
+    with pytest.raises(ConfigError, match="lock is held: .* a job of one that was killed still runs"):
+        LocalProcesses(1, tmp_path / "lock")
     processes.stop()
+    LocalProcesses(1, tmp_path / "lock")
     assert process.returncode == -signal.SIGTERM and processes.ended() == {}
 
 
@@ -270,7 +274,7 @@ def test_a_real_study_in_processes(tmp_path, monkeypatch):
             super().start(name, ("-c", ""), log)
 
     study = study_of("", arm)
-    outcomes = command.run(study, tmp_path / "study", Mixed(2), QUIET)
+    outcomes = command.run(study, tmp_path / "study", Mixed(2, tmp_path / "lock"), QUIET)
     assert [end.why for end in outcomes.values()] == [""] * 3
     (record,) = gather.records(study, tmp_path / "study", outcomes)
     again = record.probes[""]["bits_per_byte"]["validation/loss"]

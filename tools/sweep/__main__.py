@@ -8,8 +8,9 @@ DIR/study.json, and DIR/pictures/*.png.
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -35,7 +36,7 @@ def run(study: Study, root: Path, launcher: Launcher, console: Console | None = 
         try:
             return sweep(study, root, launcher, show)
         finally:
-            write(study, root, show)
+            write(study, root, show.say)
 
 
 def check(study: Study) -> None:
@@ -50,15 +51,15 @@ def check(study: Study) -> None:
                 raise ConfigError(f"{study.name}, arm {arm.name}: {error}") from error
 
 
-def write(study: Study, root: Path, show: Show) -> None:
+def write(study: Study, root: Path, say: Callable[[str], None]) -> None:
     """The report of what is in ``root`` now."""
     outcomes = found(study, root)
     report = gather.report(study, root, outcomes)
     page = save(report, root / "study.html")
     pictures = save_pictures(report, root / "pictures")
     for finding in report.data["findings"]:
-        show.say(f"{finding['verdict']}: {finding['claim']}. {finding['found']}")
-    show.say(f"{page}, data in {page.with_suffix('.json')}, {len(pictures)} pictures in {root / 'pictures'}")
+        say(f"{finding['verdict']}: {finding['claim']}. {finding['found']}")
+    say(f"{page}, data in {page.with_suffix('.json')}, {len(pictures)} pictures in {root / 'pictures'}")
 
 
 def found(study: Study, root: Path) -> dict[str, Outcome]:
@@ -113,6 +114,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     root = Path(given.workdir).absolute()
     if given.jobs < 1:
         options.error(f"--jobs={given.jobs} should be at least 1")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # its jobs must not go on alone
     try:
         study = studies.load(given.study)
         if given.dry_run:
@@ -120,10 +122,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             print("\n".join(listing(study, root)))
         elif given.report:
             check(study)
-            with Show(study) as show:
-                write(study, root, show)
+            write(study, root, print)
         else:
-            outcomes = run(study, root, LocalProcesses(given.jobs))
+            outcomes = run(study, root, LocalProcesses(given.jobs, root / "lock"))
             if failed := [name for name, end in outcomes.items() if not end.ok]:
                 sys.exit(f"{len(failed)} of {len(outcomes)} jobs failed: {', '.join(failed)}")
     except (ConfigError, OSError) as error:

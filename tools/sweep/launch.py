@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import signal
 import subprocess
@@ -10,6 +11,8 @@ import sys
 import time
 from pathlib import Path
 from typing import Protocol, runtime_checkable
+
+from configs.base import ConfigError
 
 GRACE = 120.0  # seconds that jobs have to save and leave
 
@@ -38,11 +41,25 @@ class LocalProcesses:
     """Processes of this machine, in the directory that the sweep was started in.
 
     Each leads a process group of its own: Ctrl-C reaches only the sweep, which then stops its jobs itself.
+    They all hold ``lock``, so that jobs which outlive a sweep that was killed are not started a second time.
+
+    Raises:
+        ConfigError: another sweep, or a job of one, holds it.
     """
 
-    def __init__(self, slots: int = 1):
+    def __init__(self, slots: int, lock: Path):
         self.slots = slots
         self._running: dict[str, subprocess.Popen[bytes]] = {}
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        self._lock = lock.open("w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._lock.close()
+            raise ConfigError(
+                f"{lock} is held: another sweep works in {lock.parent}, or a job of one that was killed still "
+                "runs; wait for it, or stop it"
+            ) from None
 
     def start(self, name: str, argv: tuple[str, ...], log: Path) -> None:
         log.parent.mkdir(parents=True, exist_ok=True)
@@ -53,6 +70,7 @@ class LocalProcesses:
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
+                pass_fds=(self._lock.fileno(),),
             )
 
     def ended(self) -> dict[str, int]:

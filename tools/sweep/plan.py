@@ -105,7 +105,7 @@ def jobs(study: Study, root: Path, outcomes: Mapping[str, Outcome]) -> Iterator[
         outcomes: by the names of jobs.
 
     Raises:
-        ConfigError: a config cannot be made or a field not be set, or no result has the metric of its arm.
+        ConfigError: a config cannot be made, or a field not be set.
     """
     for arm in study.arms:
         grid = [
@@ -128,11 +128,7 @@ def jobs(study: Study, root: Path, outcomes: Mapping[str, Outcome]) -> Iterator[
 
 
 def chosen(study: Study, arm: Arm, outcomes: Mapping[str, Outcome]) -> float | None:
-    """The best rate of the arm; None before all have been tried, and where every one has failed.
-
-    Raises:
-        ConfigError: a result lacks the metric of the arm.
-    """
+    """The best rate of the arm; None before all have been tried, and where every one has failed."""
     if arm.rate_of:
         return chosen(study, study.arm(arm.rate_of), outcomes)
     if len(arm.rates) == 1:
@@ -233,9 +229,6 @@ def _config(
 
 def _value(arm: Arm, outcome: Outcome) -> float:
     """The metric of the arm as what is to be small; infinite where it is not finite."""
-    if arm.metric not in outcome.result:
-        there = ", ".join(name for name in outcome.result if "/" in name)
-        raise ConfigError(f"arm {arm.name}: metric={arm.metric!r} is not in the results; there are {there}")
     value = float(outcome.result[arm.metric])
     value = -value if arm.best == "max" else value
     return value if math.isfinite(value) else math.inf

@@ -75,7 +75,12 @@ def _trained(run: Run) -> Outcome | None:
     result = _json(run.workdir / "result.json")
     if not isinstance(result, dict):
         return None
-    return Outcome(seconds=_seconds(run.workdir / "metrics.jsonl"), result=result)
+    seconds = _seconds(run.workdir / "metrics.jsonl")
+    if run.arm.metric not in result and len(run.arm.rates) > 1:
+        there = ", ".join(name for name in result if "/" in name)
+        why = f"arm {run.arm.name}: metric={run.arm.metric!r} is not in the results; there are {there}"
+        return Outcome(why, seconds)
+    return Outcome(seconds=seconds, result=result)
 
 
 def _examined(exam: Exam) -> Outcome | None:
