@@ -57,7 +57,7 @@ class LocalProcesses:
         except BlockingIOError:
             self._lock.close()
             raise ConfigError(
-                f"{lock} is held: another sweep works in {lock.parent}, or a job of one that was killed still "
+                f"{lock} is held: another sweep works there, or a job of one that was killed still "
                 "runs; wait for it, or stop it"
             ) from None
 
