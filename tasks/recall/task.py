@@ -85,11 +85,9 @@ class RecallTask:
 
         def batch(step: int) -> dict[str, np.ndarray]:
             drawn = self._schedule.at(int(step))
-            size, times = (
-                self.config.train_sizes[drawn.size],
-                self._train_batch[drawn.size] // self.config.batch_size,
-            )
-            number = drawn.block * self._train_batch[drawn.size] + np.arange(start * times, stop * times)
+            size, many = self.config.train_sizes[drawn.size], self._train_batch[drawn.size]
+            times = many // self.config.batch_size
+            number = drawn.block * many + np.arange(start * times, stop * times)
             stream: tuple[int, ...] = (self.config.seed, TRAINING, drawn.size)
             if self.config.fresh:
                 stream += drawn.era
