@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -116,6 +117,26 @@ def readings(
     for row, prompt in enumerate(prompts):  # padded on the left: the question is at the end of every row
         tokens[row, width - len(prompt) :], ids[row, width - len(prompt) :] = prompt, 1
 
+    empty, read, judge = _programs(model)
+    state, ends = empty(params, len(prompts), room), []
+    for start in range(0, width, piece):
+        part = slice(start, start + piece)
+        hidden, state = read(params, tokens[:, part], ids[:, part], state)
+        if start + piece > width - asked - 1:
+            ends.append(hidden)
+    last = jnp.concatenate(ends, axis=1)[:, -asked - 1 :]
+    entropy, likely = judge(params, last, tokens[:, -asked:])
+    return np.asarray(entropy), np.asarray(likely)
+
+
+@functools.lru_cache(maxsize=4)
+def _programs(model: Functional) -> tuple[Callable, Callable, Callable]:
+    """Compiled: the empty state; hidden states of a piece and the state; what :func:`readings` returns."""
+
+    @functools.partial(jax.jit, static_argnums=(1, 2))
+    def empty(params: object, rows: int, room: int) -> object:
+        return model.bind(params).init_state(rows, room)
+
     @jax.jit
     def read(params: object, tokens: Array, ids: Array, state: object) -> tuple[Array, object]:
         hidden, state, _ = model.bind(params)(tokens, state, segment_ids=ids)
@@ -133,15 +154,7 @@ def readings(
         log_p = jax.nn.log_softmax(lm.logits(hidden[:, -1]))
         return -jnp.sum(jnp.exp(log_p) * log_p, axis=-1), likely.mean(axis=0)
 
-    state, ends = jax.jit(lambda params: model.bind(params).init_state(len(prompts), room))(params), []
-    for start in range(0, width, piece):
-        part = slice(start, start + piece)
-        hidden, state = read(params, tokens[:, part], ids[:, part], state)
-        if start + piece > width - asked - 1:
-            ends.append(hidden)
-    last = jnp.concatenate(ends, axis=1)[:, -asked - 1 :]
-    entropy, likely = judge(params, last, tokens[:, -asked:])
-    return np.asarray(entropy), np.asarray(likely)
+    return empty, read, judge
 
 
 def _unanswered(generator: Generator, prompts: Sequence[np.ndarray], said: Sequence[str]) -> tuple[int, ...]:

@@ -102,7 +102,14 @@ def score(opened: OpenRun, task: LMTask, batch: Batch, room: int) -> Scores:
 
     Args:
         room: tokens an attention cache has room for, at least L.
+
+    Raises:
+        NotApplicable: a model that decimates prompts, and predicts nothing from the tokens it drops.
     """
+    if opened.config.model.reads_whole:
+        raise NotApplicable(
+            "it scores every target, and with model.decimate only the tokens that are kept predict anything"
+        )
     count, length = batch["tokens"].shape
     size, piece = task.eval_shape
     shards = opened.mesh.shape["data"] * opened.mesh.shape["fsdp"]

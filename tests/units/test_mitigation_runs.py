@@ -28,7 +28,7 @@ def workdir(tmp_path_factory):
     """A run whose only checkpoint holds fresh parameters."""
     directory = tmp_path_factory.mktemp("run")
     config = tiny(write_corpus(directory / "corpus"))
-    config.task.packing = "stream"  # rows without padding
+    config.model.pattern, config.task.packing = "MM", "stream"  # rows without padding
     (directory / "config.json").write_text(config.to_json())
     params = jax.jit(model_of(config).init)(jax.random.key(0))
     with Checkpoints(directory) as checkpoints:
@@ -86,14 +86,15 @@ def test_a_decimated_prompt(opened):
     assert not hidden[0][~kept[0]].any() and np.abs(hidden - whole)[0, -1].max() > 1e-4
     assert jax.tree.map(jnp.shape, after) == jax.tree.map(jnp.shape, state)
     assert after["position"].tolist() == [23, 8]
-    with pytest.raises(ValueError, match="sub-layer 2 of 'MM.-' is no Mamba"):
+    with pytest.raises(ValueError, match="sub-layer 2 of 'MM' is no Mamba"):
         overridden(opened.config, ["model.decimate.layers=[2]"]).model.validate()
 
 
-def test_the_chunk_read_with_the_least_doubt(opened):
+def test_the_chunk_read_with_the_least_doubt(opened, monkeypatch):
     generator = Generator(opened)
+    monkeypatch.setattr(generator, "generate", lambda prompts, *rest, **settings: prompts)
     text, query, start = np.arange(50), np.arange(60, 66), np.asarray([256])
-    got = oprm.answer(generator, text.tolist(), query.tolist(), 20, before=[256], max_new_tokens=2)
+    got = oprm.answer(generator, text.tolist(), query.tolist(), 20, before=[256])
     prompts = [np.concatenate([start, text[i : i + 20], query]) for i in (0, 20, 40)]
     padded = np.stack([np.pad(p, (0, 27 - len(p))) for p in prompts])
 
@@ -107,11 +108,9 @@ def test_the_chunk_read_with_the_least_doubt(opened):
     likely = [np.mean([p[len(q) - 7 + i, query[i]] for i in range(6)]) for p, q in zip(each, prompts)]
     np.testing.assert_allclose(got.entropy, entropy, atol=1e-4)
     np.testing.assert_allclose(got.query, likely, atol=1e-4)
-    assert got.chunk == np.argmin(entropy) and len(got.completion.ids) == 2
-    best = oprm.answer(
-        generator, text.tolist(), query.tolist(), 20, before=[256], criterion="query", max_new_tokens=2
-    )
-    assert best.chunk == np.argmax(likely)
+    assert got.chunk == np.argmin(entropy) and got.completion == prompts[got.chunk].tolist()
+    best = oprm.answer(generator, text.tolist(), query.tolist(), 20, before=[256], criterion="query")
+    assert best.chunk == np.argmax(likely) and best.completion == prompts[best.chunk].tolist()
     for settings, message in (
         ({"chunk": 0}, "chunk=0 should be at least 1"),
         ({"chunk": 4, "criterion": "luck"}, "criterion='luck' is unknown; use one of entropy, query"),
