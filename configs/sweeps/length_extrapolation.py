@@ -14,6 +14,7 @@ from configs.study import Arm, Examination, Study
 FACTOR = 8  # of the continued training
 FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
 PROBE = "length_extrapolation"
+NO_SLIDING = f"{PROBE}.sliding_factor=0.0"  # of runs as they were trained only
 
 
 def get_study(preset: str = "smoke") -> Study:
@@ -47,7 +48,7 @@ def _arms(variants, length, seeds, overrides, rows) -> list[Arm]:
     for variant in variants:
         plain = Examination((PROBE, "loss_by_position"), settings)
         mended = [
-            Examination((PROBE,), settings, changes, name, calibrated=name == "longmamba")
+            Examination((PROBE,), (*settings, NO_SLIDING), changes, name, calibrated=name == "longmamba")
             for name, changes in _mitigations(variant, length).items()
         ]
         common = {"metric": "validation/bits_per_byte", "seeds": seeds}
@@ -56,7 +57,7 @@ def _arms(variants, length, seeds, overrides, rows) -> list[Arm]:
         examinations = (plain, *mended)
         arms.append(Arm(variant, config, overrides, factors, examinations=examinations, **common))
         same = [factor / FACTOR for factor in FACTORS]  # the same row lengths
-        again = Examination((PROBE,), (settings[0], f"{PROBE}.factors={same}"))
+        again = Examination((PROBE,), (settings[0], f"{PROBE}.factors={same}", NO_SLIDING))
         arms.append(
             Arm(
                 name=f"{variant}_longer",

@@ -21,6 +21,7 @@ from eval.studies.types import Analysis, Finding, Record, judge
 PROBE = "length_extrapolation"
 PAPER = "arXiv:2410.07145"
 METRICS = ("bits_per_byte", "loss")
+MENDED = "Last targets by row length"
 NORMAL = 1.96  # standard errors of a 95 % interval
 
 
@@ -36,12 +37,36 @@ def analyse(records: Sequence[Record], settings: Mapping[str, Any]) -> Analysis:
         if longer:
             findings.append(_trained(mine, longer, name))
         if _mitigations(mine) or longer:
-            sections.append(Section(name, [_chart(name, _lines(mine, longer)), _table(mine, longer)]))
-    lines = {
-        name: [_curve(r) for r in where(plain, architecture=name)] for name in levels(plain, "architecture")
-    }
-    everyone = Section("By architecture", [_chart("As trained", lines)])
+            sections.append(
+                Section(name, [_chart(MENDED, _lines(mine, longer), _metric(mine[0])), _table(mine, longer)])
+            )
+    everyone = Section("As trained, by three protocols", _protocols(plain), PROTOCOLS)
     return Analysis(findings, [everyone, *sections] if plain else [])
+
+
+PROTOCOLS = (
+    "The end of rows of growing length (last-k at window); longer rows in windows of growing length (sliding "
+    "window); and long documents by position (position curve)."
+)
+
+
+def _protocols(records: Sequence[Record]) -> list[Chart]:
+    """The charts of those that were measured; a line for each architecture."""
+    by_name = {name: where(records, architecture=name) for name in levels(records, "architecture")}
+    charts = [
+        _chart(
+            title,
+            {name: [curve(r) for r in mine] for name, mine in by_name.items()},
+            _metric(records[0]),
+            xlabel,
+        )
+        for title, xlabel, curve in (
+            (MENDED, "row length", _curve),
+            ("Sliding windows", "window length", _sliding),
+            ("Position curve", "tokens of context", _positions),
+        )
+    ]
+    return [chart for chart in charts if chart.series]
 
 
 def _breaks(records: Sequence[Record], name: str) -> Finding:
@@ -169,20 +194,33 @@ def _curve(record: Record, examination: str = "") -> dict[float, float]:
     return {at: value for at, value in found.items() if value is not None}
 
 
+def _sliding(record: Record) -> dict[float, float]:
+    """Loss by length of the window."""
+    lengths = probed(record, PROBE, "lengths") or {}
+    found = probed(record, PROBE, f"{_metric(record)}_sliding_window") or {}
+    return {float(lengths[name]): value for name in found if (value := number(found[name])) is not None}
+
+
+def _positions(record: Record) -> dict[float, float]:
+    """Loss by context in long documents."""
+    bins = probed(record, "loss_by_position", "bins", "long_documents") or {}
+    metric = next((m for m in METRICS if m in bins), METRICS[-1])
+    return {float(x): float(y) for x, y in zip(bins.get("context", ()), bins.get(metric, ()))}
+
+
 def _lines(records: Sequence[Record], longer: Sequence[Record]) -> dict[str, list[dict[float, float]]]:
     lines = {"as trained": [_curve(r) for r in records]}
     lines |= {name: [_curve(r, name) for r in records] for name in _mitigations(records)}
     return lines | ({"trained longer": [_curve(r) for r in longer]} if longer else {})
 
 
-def _chart(title: str, lines: Mapping[str, Sequence[dict[float, float]]]) -> Chart:
+def _chart(
+    title: str, lines: Mapping[str, Sequence[dict[float, float]]], metric: str, xlabel: str = "row length"
+) -> Chart:
     series: list[Series] = []
     for i, (name, curves) in enumerate(lines.items()):
         series += curve_series(name, curves, colour=i, marks=True)
-    caption = f"The same targets, predicted from rows of growing length. {SEEDS}"
-    return Chart(
-        f"{title}: loss by row length", "row length", "loss of the last targets", series, caption, log_x=True
-    )
+    return Chart(title, xlabel, words.METRICS[metric], series, SEEDS, log_x=True)
 
 
 def _table(records: Sequence[Record], longer: Sequence[Record]) -> Table:

@@ -145,7 +145,9 @@ def probe(longest, error=0.01, lengths=(128, 256, 1024)):
             "bits_per_byte": {name: 2 + value for name, value in above.items()},
             "bits_per_byte_above_1x": above,
             "bits_per_byte_above_1x_standard_error": dict.fromkeys(names, error),
-        }
+            "bits_per_byte_sliding_window": {"1x": 2.0, "2x": 1.9},
+        },
+        "loss_by_position": {"bins": {"long_documents": {"context": [1, 2], "loss": [3, 2]}}},
     }
 
 
@@ -165,6 +167,9 @@ def test_length_extrapolation_and_what_mends_it():
         "attention: the loss rises beyond the training length": "not reproduced at this scale",
         "attention: yarn keeps the loss from rising beyond the training length": "not measured",
     }
+    last, sliding, positions = analysis.sections[0].blocks
+    assert list(sliding.series[0].x) == [128, 256] and list(positions.series[0].y) == [3, 2]
+    assert [s.name for s in last.series] == ["mamba2", "attention"]
     assert [s.name for s in analysis.sections[1].blocks[0].series] == [
         "as trained",
         "window",
