@@ -26,7 +26,7 @@ PyTree = Any  # of jax.Array, or of jax.ShapeDtypeStruct with shardings where "a
 UNFINISHED = ".orbax-checkpoint-tmp"  # in the name of a directory that orbax is still writing
 ASIDE = ".aside"  # suffix of a checkpoint that the run did not continue from
 
-__all__ = ["ArchitectureError", "CheckpointConfig", "CheckpointError", "Checkpoints"]
+__all__ = ["ArchitectureError", "CheckpointConfig", "CheckpointError", "Checkpoints", "save_alone"]
 
 
 class CheckpointError(RuntimeError):
@@ -259,6 +259,26 @@ class Checkpoints:
             f"no checkpoint in {self.directory} could be read ({advice}):\n  {listed}\n"
             "Nothing was deleted. Repair one, or start afresh in another workdir"
         )
+
+
+def save_alone(workdir: epath.PathLike, step: int, state: PyTree, copied_gb: int = 1) -> None:
+    """Writes the one checkpoint of a new run with at most ``copied_gb`` of arrays copied at a time.
+
+    For states as large as the memory; ``Checkpoints.save`` copies all of them at once, to return early.
+
+    Raises:
+        CheckpointError: it could not be written, for example to a full disk.
+    """
+    with Checkpoints(workdir) as checkpoints:
+        path = checkpoints.path(step)
+    handler = ocp.PyTreeCheckpointHandler(
+        save_concurrent_gb=copied_gb, save_device_host_concurrent_gb=copied_gb
+    )
+    try:
+        with ocp.Checkpointer(handler) as writer:
+            writer.save(path, args=ocp.args.PyTreeSave(state))
+    except Exception as error:  # orbax and tensorstore raise many kinds
+        raise CheckpointError(f"the checkpoint {path} was not written: {brief(error)}") from error
 
 
 def _steps_of_process_0(steps: list[int]) -> list[int]:

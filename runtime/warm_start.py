@@ -61,7 +61,7 @@ def warm_start(
         ValueError: a pattern of ``config`` matches nothing.
         CheckpointError: the checkpoint cannot be read.
     """
-    field, found = _stored(checkpoint)
+    field, found = stored(checkpoint)
     fresh = tree_diff.leaves(params)
     structure: Any = jax.tree.structure(params)
     names = dict(zip(fresh, structure.flatten_up_to(axes)))
@@ -86,16 +86,20 @@ def source_of(init_from: str) -> tuple[epath.Path, int | None]:
     return (epath.Path(run), int(step)) if at and step.isdecimal() else (epath.Path(init_from), None)
 
 
-def _stored(checkpoint: epath.Path) -> tuple[str, dict[str, Any]]:
-    """Which field of the checkpoint to read, and the shapes in it by path."""
+def stored(checkpoint: epath.Path) -> tuple[str, dict[str, Any]]:
+    """Which field of a checkpoint holds its parameters, and what they are (shape, dtype) by path.
+
+    Raises:
+        CheckpointError: the checkpoint cannot be read.
+    """
     try:
         tree = ocp.PyTreeCheckpointHandler().metadata(checkpoint).tree
     except Exception as error:  # orbax and tensorstore raise many kinds
         raise CheckpointError(f"checkpoint {checkpoint} cannot be read: {brief(error)}") from error
-    stored = tree_diff.leaves(tree)
-    field = AVERAGE if any(name.startswith(f"{AVERAGE}/") for name in stored) else PARAMS
+    found = tree_diff.leaves(tree)
+    field = AVERAGE if any(name.startswith(f"{AVERAGE}/") for name in found) else PARAMS
     prefix = f"{field}/"
-    return field, {name.removeprefix(prefix): s for name, s in stored.items() if name.startswith(prefix)}
+    return field, {name.removeprefix(prefix): leaf for name, leaf in found.items() if name.startswith(prefix)}
 
 
 def _plan(fresh: dict[str, Any], found: dict[str, Any], axes: dict[str, Any], config: InitConfig) -> Plan:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import os
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -18,6 +19,7 @@ from tasks.sources import SourceConfig
 from tasks.tokenizer import ByteTokenizer, Tokenizer
 
 FILE = "tokenizer.json"  # beside the shards of a prepared corpus, and in every run on one
+SETTINGS = "tokenizer_config.json"  # beside a published one; names the token that ends a document
 SEPARATOR = "<|endoftext|>"
 KNOWN_SEPARATORS = (SEPARATOR, "</s>", "<|end_of_text|>", "<eos>")
 
@@ -25,19 +27,23 @@ KNOWN_SEPARATORS = (SEPARATOR, "</s>", "<|end_of_text|>", "<eos>")
 class BPETokenizer:
     """A ``tokenizer.json``; a `tasks.tokenizer.Tokenizer`.
 
-    Special tokens spelt out in a text are encoded as the text they are.
+    Special tokens spelt out in a text are encoded as the text they are. A published tokenizer may open
+    documents with another token than it ends them with: ``opening_id``, which ``encode`` puts first.
+
+    Args:
+        separator: the token that ends documents; None for that of `SETTINGS`, or of `KNOWN_SEPARATORS`.
 
     Raises:
         ValueError: the file is not a tokenizer, or has no token that separates documents.
     """
 
     def __init__(self, path: epath.PathLike, separator: str | None = None):
-        text = epath.Path(path).read_text()
+        text, end = epath.Path(path).read_text(), separator or _end_of_document(epath.Path(path).parent)
         try:
             self._inner = tokenizers.Tokenizer.from_str(text)
         except Exception as error:  # the library raises bare Exception
             raise ValueError(f"{os.fspath(path)} is not a tokenizer.json: {error}") from error
-        names = (separator,) if separator else KNOWN_SEPARATORS
+        names = (end,) if end else KNOWN_SEPARATORS
         ids = {name: self._inner.token_to_id(name) for name in names}
         present = [number for number in ids.values() if number is not None]
         if not present:
@@ -46,12 +52,14 @@ class BPETokenizer:
             )
         self._inner.encode_special_tokens = True
         self.separator_id: int = present[0]
+        opening = self._inner.encode("").ids  # what its own rule puts before a text
+        self.opening_id: int = opening[0] if len(opening) == 1 else self.separator_id
         self.vocab_size: int = max(self._inner.get_vocab(with_added_tokens=True).values()) + 1
 
     def encode(self, text: str, *, separator: bool = False) -> Int[np.ndarray, " L"]:
         """Ids int32 [L]; with ``separator`` a document start stands before them."""
         ids = self._inner.encode(text, add_special_tokens=False).ids
-        return np.array([self.separator_id, *ids] if separator else ids, np.int32)
+        return np.array([self.opening_id, *ids] if separator else ids, np.int32)
 
     def encode_batch(self, texts: Sequence[str], dtype: str = "int32") -> list[np.ndarray]:
         """Ids [L] of each text, in one call of the library."""
@@ -88,6 +96,16 @@ class BPETokenizer:
         """A function that is fed ids as they come and gives the text they complete."""
         decoder = DecodeStream(skip_special_tokens=True)
         return lambda ids: "".join(decoder.step(self._inner, int(i)) or "" for i in ids)
+
+
+def _end_of_document(directory: epath.Path) -> str | None:
+    """The ``eos_token`` of a published tokenizer's settings, if it has any."""
+    path = directory / SETTINGS
+    try:
+        end = json.loads(path.read_text()).get("eos_token") if path.exists() else None
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{path} should be a JSON object of a tokenizer's settings: {error}") from error
+    return end["content"] if isinstance(end, dict) else end
 
 
 def train(texts: Iterable[str], vocab_size: int) -> str:

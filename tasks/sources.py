@@ -34,7 +34,7 @@ class SourceConfig:
     Attributes:
         source: "stdlib", "books" or "packages" (long documents), or a path: file, directory (read
             recursively, hidden files skipped) or glob; or a directory of `tools.prepare`, which knows all
-            but ``max_train_tokens`` itself.
+            but ``max_train_tokens`` itself. Empty: none, in a run made from a published checkpoint.
         pattern: names of the files read, as in "*.txt"; empty: "*.py" for the library, all of a directory.
         token_dtype: dtype of the ids in raw ``*.bin`` token arrays.
         vocab_size: number of ids of token arrays; byte sources have 257.
@@ -82,6 +82,12 @@ def load(config: SourceConfig) -> Splits:
         FileNotFoundError: a source does not exist or no file matches.
         ValueError: nothing on one of the sides, an impossible fraction, or unusable token arrays.
     """
+    if not config.source:
+        raise FileNotFoundError(
+            "task.source is empty: a run made from a published checkpoint has no text. Prepare some with its "
+            "tokenizer (python -m tools.prepare --source=TEXT --tokenizer=RUN/tokenizer.json --out=CORPUS), "
+            "and give task.source=CORPUS"
+        )
     splits = _load(config)
     for name, corpus in (("training", splits.train), ("validation", splits.validation)):
         if not corpus.targets:
