@@ -40,8 +40,9 @@ def analyse(records: Sequence[Record], settings: Mapping[str, Any]) -> Analysis:
             sections.append(
                 Section(name, [_chart(MENDED, _lines(mine, longer), _metric(mine[0])), _table(mine, longer)])
             )
-    everyone = Section("As trained, by three protocols", _protocols(plain), PROTOCOLS)
-    return Analysis(findings, [everyone, *sections] if plain else [])
+    if plain:
+        sections.insert(0, Section("As trained, by three protocols", _protocols(plain), PROTOCOLS))
+    return Analysis(findings, sections)
 
 
 PROTOCOLS = (
