@@ -5,6 +5,8 @@ import json
 import numpy as np
 import pytest
 
+from configs import birdie_stdlib
+from configs.saved import from_json
 from tasks.birdie import COUNT, OBJECTIVES, Ids, kind, row, shortest_row
 from tasks.lm import LMTask, LMTaskConfig
 from tasks.mixture import MixtureConfig
@@ -178,6 +180,16 @@ def test_odds_are_kept_and_masks_hide_input_alone(corpus):
 def test_a_mixture_that_cannot_work_is_named(corpus, fields, message):
     with pytest.raises(ValueError, match=message):
         task(corpus, **fields)
+
+
+def test_configs_are_valid_and_read_back():
+    for argument in ("mixture", "rewarded,hybrid", "prefix", "meap,attention"):
+        config = birdie_stdlib.get_config(argument)
+        config.validate()
+        config.task.mixture.validate(config.task.seq_len)
+        assert from_json(config.to_json()) == config
+    with pytest.raises(ValueError, match="prefix: one with Mamba-2"):
+        birdie_stdlib.get_config("prefix,attention")
 
 
 def test_rewards_are_those_of_the_paper():

@@ -11,7 +11,7 @@ import train
 from configs.base import ConfigError, Experiment
 from configs.recall import RecallExperiment
 from eval.opened import open_run
-from eval.probes.recall import Recall, _scores
+from eval.probes.recall import Recall, _scores, _task_of
 from eval.probes.types import NotApplicable
 from layers.attention import AttentionConfig
 from models.config import LMConfig
@@ -19,6 +19,7 @@ from objectives import objective_of
 from runtime.mesh import MeshConfig, make_mesh
 from tasks.recall import RecallTask, RecallTaskConfig
 from tasks.recall.mqar import MQARSpec
+from tasks.tokenizer import ByteTokenizer
 
 
 def experiment(mesh=None):
@@ -90,6 +91,9 @@ def test_the_probe_finds_what_one_pass_finds(trained, tmp_path):
         "distance in tokens",
     }
     assert probe.plot(result) is not None
+    bytes_lm = dataclasses.replace(opened, config=Experiment(), tokenizer=ByteTokenizer())
+    law, size = _task_of(bytes_lm)
+    assert law.config.name == "phonebook" and size == (243, 7)  # of 256
     with pytest.raises(NotApplicable, match="kind 'recall'"):  # token arrays without a tokenizer
         probe.run(dataclasses.replace(opened, config=Experiment()), print)
 
