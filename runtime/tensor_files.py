@@ -91,7 +91,8 @@ class TensorFiles:
                 if name in files:
                     raise TensorFileError(f"{name} is in two files, {files[name]} and {file}")
                 entries[name], files[name] = entry, file
-        lost = [name for name in listed or () if name not in files or files[name].name != listed[name]]
+        asked = listed or {}
+        lost = [name for name, file in asked.items() if name not in files or files[name].name != file]
         if lost:
             raise TensorFileError(
                 f"{path} lists tensors that are not in the files it says: {_some(lost)}; one of the files "
