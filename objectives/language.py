@@ -25,6 +25,11 @@ class LanguageModelling:
         task = config.task
         layout = config.mesh.sequence_layout
         meshes.check_batch(mesh, task.batch_size, task.seq_len, config.optim.accumulation, layout=layout)
+        if task.mixture.objectives and config.kind != Experiment.kind:
+            raise ValueError(
+                f"task.mixture.objectives is for plain language models; a run of kind {config.kind!r} reads "
+                "text as it is, leave it empty"
+            )
         self.config, self.task = config, LMTask(task)
         self.tokens_per_step = task.batch_size * task.seq_len
         for prefix, shape in self.task.shapes.items():

@@ -96,10 +96,7 @@ class RepeatSpec:
         if held_out:
             real &= np.arange(real.shape[1]) == 0
 
-        # The string that each token belongs to, and the token's place within its example.
-        marks = np.zeros((len(u), length + 1), np.int64)
-        np.add.at(marks, (np.arange(len(u))[:, None], np.minimum(ends, length)), 1)
-        number = np.minimum(np.cumsum(marks, axis=1)[:, :-1], real.shape[1] - 1)
+        number = _numbers(ends, length)
 
         def of(values: np.ndarray) -> np.ndarray:
             return np.take_along_axis(values, number, 1)
@@ -181,6 +178,14 @@ class RepeatSpec:
         windows = np.lib.stride_tricks.sliding_window_view(strings, self._gram, axis=2)
         wanted = np.take_along_axis(windows, place[..., None, None], 2)
         return strings, sizes, np.argmax((windows == wanted).all(-1), axis=2)
+
+
+def _numbers(ends: Int[np.ndarray, "n s"], length: int) -> Int[np.ndarray, "n L"]:
+    """Which example each token belongs to, by where they end; the last for tokens after all."""
+    count, examples = ends.shape
+    marks = np.zeros((count, length + 1), np.int64)
+    np.add.at(marks, (np.arange(count)[:, None], np.minimum(ends, length)), 1)
+    return np.minimum(np.cumsum(marks, axis=1)[:, :-1], examples - 1)
 
 
 def _parts(tokens: list[int], bar: int) -> list[list[int]]:

@@ -2,11 +2,15 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 
 from configs import birdie_stdlib
+from configs.hmt import HMTExperiment
 from configs.saved import from_json
+from objectives import objective_of
+from runtime.mesh import MeshConfig, make_mesh
 from tasks.birdie import COUNT, OBJECTIVES, Ids, kind, row, shortest_row
 from tasks.lm import LMTask, LMTaskConfig
 from tasks.mixture import MixtureConfig
@@ -180,6 +184,13 @@ def test_odds_are_kept_and_masks_hide_input_alone(corpus):
 def test_a_mixture_that_cannot_work_is_named(corpus, fields, message):
     with pytest.raises(ValueError, match=message):
         task(corpus, **fields)
+
+
+def test_a_mixture_is_for_plain_language_models():
+    config = HMTExperiment()
+    config.task.mixture.objectives = ("copy",)
+    with pytest.raises(ValueError, match="a run of kind 'hmt'"):
+        objective_of(config, make_mesh(MeshConfig(data=1), jax.devices()[:1]))
 
 
 def test_configs_are_valid_and_read_back():
