@@ -290,3 +290,15 @@ def test_numbers_in_the_state_are_counted_as_the_paper_does(spec, tmp_path):
     ssm = inner * mamba.d_state + 3 * (inner + 2 * mamba.n_groups * mamba.d_state)
     caches = 2 * min(attention.window, run.config.task.seq_len) * attention.num_kv_heads * attention.head_dim
     assert gather.size_of(run.config)[1] == ssm + caches
+
+
+@pytest.mark.parametrize(
+    ("name", "task"), [("architectures_recall:cpu", "mqar"), ("layers_hybrid_ratio:full", "lm")]
+)
+def test_arms_that_are_compared_have_equal_parameters(name, task, tmp_path):
+    study, _, preset = name.partition(":")
+    study = studies.load(f"configs/sweeps/{study}.py:{preset}")
+    arms = [arm for arm in study.arms if arm.factors["task"] == task]
+    configs = [plan.run_of(study, tmp_path, arm, 1.0, 0, {}).config for arm in arms]
+    counts = [gather.size_of(config)[0] for config in configs]
+    assert len(counts) > 5 and max(counts) < 1.05 * min(counts)
