@@ -36,9 +36,9 @@ class ReceptiveField:
     * time-invariant ones: the response to an impulse L - j tokens ago, whatever the text;
     * softmax attention: its weights; of core-context attention those of the tokens behind the cores.
 
-    The rows of every length begin alike, in one pass over the longest. A model that uses what it reads has an
-    MMD that grows with L; one that was trained on less stays at what it was trained on. ``mmd`` is in tokens,
-    by layer and length; ``mmd_share`` is MMD / L. 0.5 is even attention.
+    The rows of every length begin alike, in one pass over the longest. A model that uses all that it reads
+    has an MMD that grows with L; Mamba's stays at what it was trained on. ``mmd, LAYER`` is in tokens, by
+    length, with the standard error over rows; MMD / L = 0.5 is even attention.
     """
 
     name: ClassVar[str] = "receptive_field"
@@ -71,21 +71,15 @@ class ReceptiveField:
         }
         sizes = np.array(list(lengths.values()))
         named = {layer_name(i, layers[i]): rows for i, rows in table.items()}
-        for key, scale in (("mmd", 1.0), ("mmd_share", sizes)):
-            numbers[key] = {
-                name: dict(zip(lengths, rows.mean(axis=0) / scale)) for name, rows in named.items()
-            }
         errors = {name: standard_error(rows) for name, rows in named.items()}
-        numbers["mmd_standard_error"] = {name: dict(zip(lengths, error)) for name, error in errors.items()}
+        for name, rows in named.items():
+            numbers[f"mmd, {name}"] = dict(zip(lengths, rows.mean(axis=0)))
+            numbers[f"standard_error, {name}"] = dict(zip(lengths, errors[name]))
         curves = {}
         for name in spread(list(named)):
-            mean = named[name].mean(axis=0)
-            curves[name] = Curve(
-                sizes, mean / sizes, "tokens read", "mean distance / tokens", errors[name] / sizes
-            )
-            curves[f"{name}, tokens"] = Curve(
-                sizes, mean, "tokens read", "mean distance, tokens", errors[name]
-            )
+            mean, error = named[name].mean(axis=0), errors[name]
+            curves[name] = Curve(sizes, mean / sizes, "tokens read", "mean distance / tokens", error / sizes)
+            curves[f"{name}, tokens"] = Curve(sizes, mean, "tokens read", "mean distance, tokens", error)
         return ProbeResult(numbers, curves)
 
     def plot(self, result: ProbeResult) -> Figure:

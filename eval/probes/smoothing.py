@@ -22,7 +22,7 @@ from layers.types import Context
 from models.functional import Functional
 from models.walk import Visit, embed, layer_name, sub_layers, walk
 
-DEPTH, SPREAD = "sub-layer", "A_max - A_min"
+DEPTH, SPREAD = "sub-layer", "A_max - A_min, from here to the next point"
 RELATIVE, COSINE = "mean distance of pairs / mean norm", "mean cosine of pairs"
 PAIRED = 256  # tokens of a row, evenly spread, between which distances are taken
 BINS = 20
@@ -152,4 +152,4 @@ def _steady(opened: OpenRun) -> dict[int, Float[np.ndarray, " H"]]:
 
 def _histogram(values: Float[np.ndarray, " H"]) -> Curve:
     counts, edges = np.histogram(values, bins=BINS, range=(0, 1))
-    return Curve((edges[1:] + edges[:-1]) / 2, counts / max(len(values), 1), SPREAD, "share of the channels")
+    return Curve(edges[:-1], counts / max(len(values), 1), SPREAD, "share of the channels")

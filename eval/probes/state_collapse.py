@@ -28,6 +28,7 @@ from eval.probes.types import Curve, NotApplicable, ProbeResult, Say
 from models.walk import layer_name, sub_layers
 
 LOSS_LIMIT = 2.0  # times the largest loss within the training length: the formal test
+OUTLIERS_AT = 2.5  # training lengths, where channels are compared with those at 1
 VAR_LIMIT = 4.0  # times the largest variance of a head within the training length
 VAR, RMS = STATISTICS.index("var"), STATISTICS.index("rms")
 POSITION, GROWTH = "tokens read", "variance of a state / its largest in 1x"
@@ -42,7 +43,8 @@ class StateCollapse:
     state, what it retains of the first token, and its dt, B and x. The inputs kept by a convolution are the
     control: they cannot grow with length. Means over the rows of a prompt are in state_collapse.npz, as
     PROMPT/KIND/state [layers, buckets, heads, 4] (mean, variance, RMS, median) and so on, KIND such as
-    mamba2, its sub-layers in ``layers``.
+    mamba2, its sub-layers in ``layers``; PROMPT/KIND/channel_rms [layers, 2, heads, P], after 1 and 2.5
+    training lengths, tells outlier channels.
 
     ``forgets`` is 1 if the model has learned to forget: on text the loss of no bucket exceeds twice the
     largest within the training length; ``loss_growth`` is that ratio. T_forget of a state size is the
@@ -94,7 +96,8 @@ class StateCollapse:
         numbers |= _verdict(losses, states, layers, inside)
         ends = bucket * (1 + np.arange(length // bucket))
         curves = _curves(losses, states, layers, inside, ends)
-        return ProbeResult(numbers, curves, _arrays(losses, states, layers, ends))
+        compared = [inside - 1, min(round(OUTLIERS_AT * inside), len(ends)) - 1]
+        return ProbeResult(numbers, curves, _arrays(losses, states, layers, ends, compared))
 
     def plot(self, result: ProbeResult) -> Figure:
         marks = {"training length": result.numbers["training_length"]}
@@ -146,7 +149,10 @@ def _verdict(losses: Mapping, states: Mapping, layers: Mapping[int, str], inside
         "loss_growth": loss,
         "variance_growth": variance,
         "fastest_growing_head": worst,
-        "collapses": {name: int(loss[name] > LOSS_LIMIT and variance[name] > VAR_LIMIT) for name in loss},
+        # Not a number is no proof of health.
+        "collapses": {
+            name: int(not (loss[name] <= LOSS_LIMIT or variance[name] <= VAR_LIMIT)) for name in loss
+        },
         "retained_after_1x": {name: kept[inside - 1].max() for name, kept in retained.items()},
         "retained_at_the_end": {name: kept[-1].max() for name, kept in retained.items()},
     }
@@ -178,12 +184,15 @@ def _curves(
     return curves
 
 
-def _arrays(losses: Mapping, states: Mapping, layers: Mapping[int, str], ends: np.ndarray) -> dict[str, Any]:
-    """By "PROMPT/KIND/NAME", the layers of a kind stacked."""
+def _arrays(
+    losses: Mapping, states: Mapping, layers: Mapping[int, str], ends: np.ndarray, compared: list[int]
+) -> dict[str, Any]:
+    """By "PROMPT/KIND/NAME", the layers of a kind stacked; of channels the ``compared`` buckets alone."""
     arrays = {"tokens": ends, **{f"{name}/loss": rows.mean(axis=0) for name, rows in losses.items()}}
     for prompt, at in states.items():
         for kind in dict.fromkeys(layers.values()):
             of_kind = [at[i] for i in layers if layers[i] == kind]
             for key in of_kind[0]:
-                arrays[f"{prompt}/{kind}/{key}"] = np.stack([one[key] for one in of_kind])
+                stacked = np.stack([one[key] for one in of_kind])
+                arrays[f"{prompt}/{kind}/{key}"] = stacked[:, compared] if key == "channel_rms" else stacked
     return arrays

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -31,7 +31,7 @@ class Seen(NamedTuple):
             numbers in a head's state; "conv" [B, n, 4], of the inputs that its convolution keeps;
             "log_retention" [B, n, H], what is left of the first token in the slowest state of a head; and
             means over the bucket: "x" [B, n, H], the size of a head's input, and for selective mixers "dt"
-            [B, n, H] and "B" [B, n, G]. Float32.
+            [B, n, H] and "B" [B, n, G]. Where heads have channels, "channel_rms" [B, n, H, P]. Float32.
     """
 
     loss: np.ndarray
@@ -95,7 +95,10 @@ def _programs(model: Functional) -> tuple[Callable[..., Any], Callable[..., Any]
 def _look(visit: Visit) -> dict[str, jax.Array]:
     """One layer after one bucket, as in `Seen` without the axis n; the retention is that of the bucket."""
     look = {"state": _statistics(heads_of(visit.after))}
-    if isinstance(visit.after, dict):
+    if isinstance(visit.after, Mapping):
+        if visit.after["ssm"].ndim == 4:
+            square = jnp.square(visit.after["ssm"].astype(jnp.float32))
+            look["channel_rms"] = jnp.sqrt(square.mean(axis=-1))
         tails = [tail.reshape(tail.shape[0], -1) for tail in jax.tree.leaves(visit.after["conv"])]
         look["conv"] = _statistics(jnp.concatenate(tails, axis=1))
     if not isinstance(visit.mixer, Selective):

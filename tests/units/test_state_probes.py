@@ -150,6 +150,9 @@ def test_arrays_of_states_by_layer_bucket_and_head(results):
     assert numbers["rows"] == {"text": 2, "newlines": 1, "fact": 1} and numbers["length"] == 64
     for kind, heads in (("mamba2", 8), ("mamba", 64), ("s4d", 32)):
         assert arrays[f"fact/{kind}/state"].shape == (1, 8, heads, 4)
+    assert arrays["text/mamba2/channel_rms"].shape == (1, 2, 8, 8)  # heads of 8 channels
+    rms = np.sqrt(np.square(arrays["text/mamba2/channel_rms"][0]).mean(axis=-1))
+    np.testing.assert_allclose(rms, arrays["text/mamba2/state"][0][[3, 7], :, 2], rtol=0.2)  # means over rows
     growth, loss = numbers["loss_growth"]["text"], arrays["text/loss"]
     np.testing.assert_allclose(growth, loss[4:].max() / loss[:4].max(), rtol=1e-6)
     assert numbers["forgets"] == int(growth <= 2)
