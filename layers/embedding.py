@@ -11,13 +11,14 @@ from pallas_kernels import spmd
 
 
 class Embedding(nnx.Module):
-    """``table[tokens] (+ position_table[positions])``.
+    """``scale * table[tokens] (+ position_table[positions])``.
 
     The table is sharded along its features only.
 
     Args:
         vocab_size, d_model: V and D.
         max_positions: number of learned positions, or None for none.
+        scale: of the looked-up rows; the tied head does without.
     """
 
     def __init__(
@@ -28,7 +29,9 @@ class Embedding(nnx.Module):
         rngs: nnx.Rngs,
         max_positions: int | None = None,
         init: Initializer | None = None,
+        scale: float = 1.0,
     ):
+        self.scale = scale
         init = init or normal(0.02)
         self.table = param(init(rngs.params(), (vocab_size, d_model)), ("vocab", "embed"), "embedding")
         positions = init(rngs.params(), (max_positions or 0, d_model))
@@ -41,9 +44,10 @@ class Embedding(nnx.Module):
         return self.at(self.lookup(tokens, dtype), positions)
 
     def lookup(self, tokens: Int[Array, "*b"], dtype: DTypeLike) -> Float[Array, "*b D"]:
-        """``table[tokens]``."""
+        """``scale * table[tokens]``."""
         # Gathered like any other sharded weight; looked up in a split table, activations would be gathered.
-        return spmd.replicate(self.table[...].astype(dtype))[tokens]
+        rows = spmd.replicate(self.table[...].astype(dtype))[tokens]
+        return rows if self.scale == 1 else self.scale * rows
 
     def at(self, x: Float[Array, "B L D"], positions: Int[Array, "B L"]) -> Float[Array, "B L D"]:
         """``x``, of :meth:`lookup` or not, with the learned positions added, if there are any."""

@@ -19,6 +19,7 @@ from layers.polarised import check_polarised, polarised
 from layers.state_limits import take
 from layers.types import Context, State
 from pallas_kernels.causal_conv1d import causal_conv1d
+from pallas_kernels.rms_norm import rms_norm
 from pallas_kernels.selective_scan import selective_scan
 
 
@@ -33,6 +34,8 @@ class MambaConfig:
         dt_min, dt_max, dt_floor: range of softplus(dt_bias) at initialisation.
         ones, zeros: so many states more, before and after the ``d_state`` learned ones, have A = 0 and
             A = -100 in every channel (``polarised``).
+        select_norm_eps: divide what dt, B and C are made of by their root mean square, with this epsilon
+            (Falcon-Mamba, arXiv:2410.05355); None for not.
         dt_filter: against states that are overfilled; off by default.
         implementation: of the ops, None for automatic.
     """
@@ -50,6 +53,7 @@ class MambaConfig:
     dt_floor: float = 1e-4
     ones: int = 0
     zeros: int = 0
+    select_norm_eps: float | None = None
     dt_filter: DtFilterConfig = dataclasses.field(default_factory=DtFilterConfig)
     implementation: str | None = None
 
@@ -188,13 +192,21 @@ class Mamba(nnx.Module):
     def _select(self, x: Float[Array, "B L E"], ctx: Context) -> tuple[Array, Array, Array, Array]:
         """dt [B, L, E], A [E, N], B and C [B, L, N]."""
         c, bias = self.config, self.dt_bias[...]
-        dt = jax.nn.softplus(self.dt(self.to_dt(x)).astype(bias.dtype) + bias)
+        low_rank, B, C = self.to_dt(x), self.to_B(x), self.to_C(x)
+        if c.select_norm_eps is not None:
+            low_rank, B, C = (_divided_by_rms(t, c.select_norm_eps) for t in (low_rank, B, C))
+        dt = jax.nn.softplus(self.dt(low_rank).astype(bias.dtype) + bias)
         dt = dt if self.dt_filter is None else self.dt_filter(dt, ctx)
         A = polarised(-jnp.exp(self.A_log[...]), c.ones, c.zeros)
-        return dt, A, self.to_B(x), self.to_C(x)
+        return dt, A, B, C
 
     def flops_per_token(self, length: int) -> float:
         """Projections, convolution, and 6 operations a state: dt A, decay, input, output."""
         c, d_inner, rank = self.config, self.config.inner(self.d_model), self.config.rank(self.d_model)
         projections = 2 * d_inner * (3 * self.d_model + 2 * rank + 2 * c.states)
         return float(projections + 2 * c.d_conv * d_inner + 6 * d_inner * c.states)
+
+
+def _divided_by_rms(x: Float[Array, "B L C"], eps: float) -> Float[Array, "B L C"]:
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return rms_norm(wide, jnp.ones(x.shape[-1], wide.dtype), 1, eps).astype(x.dtype)

@@ -34,11 +34,11 @@ UNROLLED = 4
 
 
 class SubLayer(nnx.Module):
-    """``x + mixer(norm(x))``."""
+    """``x + scale mixer(norm(x))``, scale 1 unless ``config.residual_scale`` says otherwise."""
 
     def __init__(self, symbol: str, config: LMConfig, *, rngs: nnx.Rngs, kinds: Mapping[str, Kind] = KINDS):
         kind = kinds[symbol]
-        self.dtype = config.dtype
+        self.dtype, self.scale = config.dtype, config.residual_scale
         self.norm = NORMS[config.norm](config.d_model, eps=config.norm_eps)
         init, out_init = initializers(config)
         self.mixer = kind.module(
@@ -49,7 +49,11 @@ class SubLayer(nnx.Module):
         self, x: Float[Array, "B L D"], state: State | None, ctx: Context
     ) -> tuple[Float[Array, "B L D"], State | None]:
         y, state = self.mixer(self.norm(x, dtype=jnp.dtype(self.dtype)), state, ctx)
-        return spmd.shard_activations(x + y.astype(x.dtype)), state
+        return spmd.shard_activations(x + self.scaled(y.astype(x.dtype))), state
+
+    def scaled(self, y: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
+        """What is added to the residual stream when the mixer gives ``y``."""
+        return y if self.scale == 1 else self.scale * y
 
 
 def initializers(config: LMConfig | ClassifierConfig) -> tuple[Initializer, Initializer]:

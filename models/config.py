@@ -46,6 +46,8 @@ class LMConfig(MixerConfigs):
         norm: "rms" or "layer".
         tie_embeddings: the head is the transposed embedding table.
         max_positions: number of learned position embeddings, None for none.
+        embedding_scale, residual_scale, logits_divisor: factors of the token embeddings, of what every
+            sub-layer adds, and 1 over that of the logits (as in Granite; 1 for none).
         dtype: of matmul operands and activations between ops; parameters and dynamics stay float32.
         residual_dtype: of the residual stream.
         init_std: standard deviation of projection weights, None for U(+-1/sqrt(fan_in)).
@@ -64,6 +66,9 @@ class LMConfig(MixerConfigs):
     norm_eps: float = 1e-5
     tie_embeddings: bool = True
     max_positions: int | None = None
+    embedding_scale: float = 1.0
+    residual_scale: float = 1.0
+    logits_divisor: float = 1.0
     dtype: str = "float32"
     residual_dtype: str = "float32"
     init_std: float | None = None

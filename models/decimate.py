@@ -55,4 +55,4 @@ def _decimated(layer: SubLayer, x: Array, state: Any, ctx: Context, keep: int, t
     inner = layer.norm(x, dtype=jnp.dtype(layer.dtype))
     y, state, places = layer.mixer.decimated(inner, state, ctx, keep, tail)
     x = take(x, places)
-    return x + y.astype(x.dtype), state, ctx.take(places), places
+    return x + layer.scaled(y.astype(x.dtype)), state, ctx.take(places), places

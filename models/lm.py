@@ -32,6 +32,7 @@ class LM(nnx.Module):
             rngs=rngs,
             max_positions=config.max_positions,
             init=embedding_std,
+            scale=config.embedding_scale,
         )
         self.backbone = self._make_backbone(rngs)
         self.norm = NORMS[config.norm](config.d_model, eps=config.norm_eps)
@@ -110,7 +111,7 @@ class LM(nnx.Module):
     def logits(self, hidden: Float[Array, "*b D"]) -> Float[Array, "*b V"]:
         """Unnormalised log-probabilities, float32 or wider; ids that only pad the vocabulary get -1e30."""
         logits = self.embed.attend(hidden) if self.head is None else self.head(hidden)
-        logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+        logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32)) / self.config.logits_divisor
         if self.config.padded_vocab_size == self.config.vocab_size:
             return logits
         return jnp.where(jnp.arange(logits.shape[-1]) < self.config.vocab_size, logits, -1e30)

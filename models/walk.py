@@ -25,7 +25,7 @@ class Visit(NamedTuple):
         mixer: with its own parameters.
         x: the residual stream before it [B, L, D].
         inner: what the mixer reads [B, L, D], the norm of ``x``.
-        y: what it gives [B, L, D].
+        y: what it adds to the residual stream [B, L, D].
         before, after: its state; None where none is carried.
         ctx: what else it is told.
     """
@@ -102,7 +102,7 @@ def walk(
         before = None if states is None else states[depth]
         inner = layer.norm(x, dtype=dtype)
         y, after = layer.mixer(inner, before, ctx)
-        visit = Visit(depth, kind, layer.mixer, x, inner, y, before, after, ctx)
+        visit = Visit(depth, kind, layer.mixer, x, inner, layer.scaled(y), before, after, ctx)
         yield visit
         x = visit.out
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from models.config import LMConfig
 from models.published.fields import Fields, require
 from models.published.tables import ATTENTION, MAMBA2, MLP, PLAIN_VOCABULARY, Format, under
 from models.published.tensors import Names
@@ -22,6 +23,18 @@ def _bamba_derived(given: Mapping[str, Any]) -> dict[str, Any]:
     attention = given.get("attn_layer_indices") or ()
     pattern = "".join("*-" if i in attention else "M-" for i in range(layers))
     return {"pattern": pattern, "mamba2.headdim": inner // heads}
+
+
+def _bamba_published(config: LMConfig) -> dict[str, Any]:
+    mixers = config.layers[::2]
+    return {
+        "model_type": "bamba",
+        "architectures": ["BambaForCausalLM"],
+        "num_hidden_layers": len(mixers),
+        "attn_layer_indices": [i for i, symbol in enumerate(mixers) if symbol == "*"],
+        "mamba_n_heads": config.mamba2.inner(config.d_model) // config.mamba2.headdim,
+        "mamba_d_head": config.mamba2.headdim,
+    }
 
 
 BAMBA = Format(
@@ -46,6 +59,7 @@ BAMBA = Format(
             "mlp_bias": "mlp.use_bias",
         },
         derived=_bamba_derived,
+        published=_bamba_published,
         implied={
             **PLAIN_VOCABULARY,
             "attention.position": "rope",

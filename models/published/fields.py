@@ -17,6 +17,9 @@ class Fields:
         ours: published field to the field or fields of ``LMConfig`` that take its value.
         implied: fields of ``LMConfig`` that the architecture fixes.
         derived: further fields of ``LMConfig`` (the pattern at least), computed from all published fields.
+        published: further published fields, computed from an ``LMConfig`` whose defaults are written out; the
+            inverse of ``derived``. None for a format that is only read.
+        blank: the config to fill in.
         fixed: published fields we can only run with this value; a missing field has it.
         defaults: values of missing fields. Every other field of ``ours`` must be there.
         aliases: other published names of a field.
@@ -28,6 +31,8 @@ class Fields:
     fixed: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    published: Callable[[Any], dict[str, Any]] | None = None
+    blank: Callable[[], LMConfig] = LMConfig
 
 
 def config_from_fields(raw: Mapping[str, Any], fields: Fields) -> LMConfig:
@@ -46,7 +51,7 @@ def config_from_fields(raw: Mapping[str, Any], fields: Fields) -> LMConfig:
     ]
     if problems:
         raise ValueError("published config: " + "; ".join(problems))
-    config = LMConfig()
+    config = fields.blank()
     for name, value in fields.implied.items():
         _set(config, name, value)
     for name, targets in fields.ours.items():

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from models.config import LMConfig
 from models.published.fields import Fields, require
 from models.published.tables import DYNAMICS, DYNAMICS_DEFAULTS, MAMBA2, PLAIN_VOCABULARY, Format, under
 from models.published.tensors import Names
@@ -35,6 +36,24 @@ def _mamba2_derived(given: Mapping[str, Any]) -> dict[str, Any]:
     return {"pattern": f"(M){require(given, 'num_hidden_layers')[0]}"}
 
 
+def _mamba2_published(config: LMConfig) -> dict[str, Any]:
+    return {
+        "model_type": "mamba2",
+        "architectures": ["Mamba2ForCausalLM"],
+        "num_hidden_layers": len(config.layers),
+        "num_heads": config.mamba2.inner(config.d_model) // config.mamba2.headdim,
+    }
+
+
+def _mamba2_published_original(config: LMConfig) -> dict[str, Any]:
+    return {
+        "n_layer": len(config.layers),
+        "ssm_cfg.layer": "Mamba2",
+        "residual_in_fp32": True,
+        "fused_add_norm": True,
+    }
+
+
 MAMBA2_HF = Format(
     Fields(
         ours={
@@ -52,6 +71,7 @@ MAMBA2_HF = Format(
             **DYNAMICS,
         },
         derived=_mamba2_derived,
+        published=_mamba2_published,
         implied=PLAIN_VOCABULARY,
         fixed={"hidden_act": "silu", "rms_norm": True},
         defaults={"tie_word_embeddings": False, **DYNAMICS_DEFAULTS},
@@ -87,6 +107,7 @@ MAMBA2_ORIGINAL = Format(
             "ssm_cfg.dt_init_floor": "mamba2.dt_floor",
         },
         derived=_mamba2_original_derived,
+        published=_mamba2_published_original,
         fixed={
             "rms_norm": True,
             "attn_layer_idx": (),

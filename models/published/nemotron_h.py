@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from models.config import LMConfig
 from models.published.fields import Fields, require
 from models.published.tables import (
     ATTENTION,
@@ -39,6 +40,18 @@ def _nemotron_h_derived(given: Mapping[str, Any]) -> dict[str, Any]:
     return {"pattern": pattern, "mamba2.d_inner": inner}
 
 
+def _nemotron_h_published(config: LMConfig) -> dict[str, Any]:
+    kinds = {"M": "linear_attention", "*": "full_attention", "-": "mlp"}
+    return {
+        "model_type": "nemotron_h",
+        "architectures": ["NemotronHForCausalLM"],
+        "num_hidden_layers": len(config.layers),
+        "layers_block_type": [kinds.get(symbol, symbol) for symbol in config.layers],
+        "mamba_num_heads": config.mamba2.inner(config.d_model) // config.mamba2.headdim,
+        "expand": config.mamba2.expand,
+    }
+
+
 # Its published code clamps dt from below by time_step_min, but only in pieces of several tokens; see
 # ``Mamba2Config.prefill_dt_min``. The models were trained without.
 NEMOTRON_H = Format(
@@ -63,6 +76,7 @@ NEMOTRON_H = Format(
             "mlp_bias": "mlp.use_bias",
         },
         derived=_nemotron_h_derived,
+        published=_nemotron_h_published,
         implied={**PLAIN_VOCABULARY, "attention.position": "none", "mlp.activation": "relu2"},
         fixed={
             "mlp_hidden_act": "relu2",

@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable, Iterable
 
+from models.config import LMConfig
+from models.published.blocks import Tensor
 from models.published.fields import Fields
 from models.published.tensors import Names, Table
 
 
 @dataclasses.dataclass(frozen=True)
 class Format:
-    """How one kind of published checkpoint writes its config and names its tensors."""
+    """How one kind of published checkpoint writes its config and names its tensors.
+
+    ``arranged(config, tensors, found)`` gives the tensors of a file with the names ``found`` from those of
+    the whole model, where files are cut up.
+    """
 
     fields: Fields
     names: Names
+    arranged: Callable[[LMConfig, Iterable[Tensor], Iterable[str]], list[Tensor]] | None = None
 
 
 def under(prefix: str, table: Table, norm: str) -> dict[str, tuple[str, ...]]:

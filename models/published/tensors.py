@@ -124,14 +124,9 @@ def params_from_tensors(
     return nnx.traversals.unflatten_mapping(flat)
 
 
-def weights_from_params(config: LMConfig, params: Tree, names: Names) -> dict[str, np.ndarray]:
-    """Published tensors from a nested dict of parameters: the inverse of :func:`params_from_weights`.
-
-    Raises:
-        ValueError: ``config`` has a pattern or parameters the format has no place for.
-    """
+def weights_from_tensors(exported: Iterable[Tensor], params: Tree) -> dict[str, np.ndarray]:
+    """Published tensors from a nested dict of parameters: the inverse of :func:`params_from_tensors`."""
     flat = nnx.traversals.flatten_mapping(params)
-    exported = exported_tensors(expected_tensors(config, names), names)
     return {t.name: t.values(lambda path, box: np.asarray(flat[path])[box]) for t in exported}
 
 
@@ -179,8 +174,8 @@ def tensors(config: LMConfig, names: Names, shapes: Shapes) -> list[Tensor]:
 
     found, unnamed = [], set(shapes)
     for name, prefix, index, table in rows:
-        paths = [(*prefix, *ours.split(".")) for ours in table]
-        if all(path in shapes for path in paths):
+        paths = [path for ours in table if (path := (*prefix, *ours.split("."))) in shapes]
+        if paths:
             found.append(_describe(name, paths, index, shapes, names, config))
             unnamed -= set(paths)
     if unnamed:
@@ -209,7 +204,7 @@ def _describe(
     name: str, paths: Sequence[Path], index: int | None, shapes: Shapes, names: Names, config: LMConfig
 ) -> Tensor:
     """A tensor of the parameters ``paths``, of one of their repeats."""
-    inputs_first = names.inputs_first and paths[0] not in VOCABULARY
+    inputs_first = names.inputs_first and paths[0][0] == "backbone"
     axes = _axes(paths[0], len(shapes[paths[0]]) - (index is not None), inputs_first)
     outputs = 1 if inputs_first and len(axes) == 2 and paths[0][-1] == "kernel" else 0
     blocks = []
