@@ -24,10 +24,10 @@ def prefix_ssd(
 ) -> tuple[Float[Array, "B L H P"], Float[Array, "B H P N"]]:
     """SSD of which the second half of the heads runs backward, S_t = exp(log_decay_t) S_{t+1} + u_t B_t^T.
 
-    Where ``prefix`` is False the backward decay is 0: such a token is all that its state holds, and nothing
-    after the prefix is seen before it, but for one token: the last of the prefix reads the first after it.
-    That is safe where this one is always the same (a "begin" token), as published. A prefix must lie in one
-    piece, and at the start of its segment; the backward half carries no state.
+    Where ``prefix`` is False the backward decay is 0: such a token is all that its state holds, and what
+    follows is not seen before it. So the prefix reads one token more than itself, the first after it: safe
+    where this is always the same (a "begin" token), as published. A prefix must lie in one piece, and at the
+    start of its segment; the backward half carries no state.
 
     Args:
         segment_ids: canonical ids; both directions start afresh in each segment.

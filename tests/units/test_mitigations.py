@@ -286,6 +286,23 @@ def test_a_decimating_layer_skips_what_it_drops(kind, x):
     jax.tree.map(lambda g, w: np.testing.assert_allclose(g, w, atol=1e-5), got, want)
 
 
+def test_a_layer_reads_the_prefix_of_its_context_both_ways(x):
+    """And the first token after it (which should be fixed); of later ones nothing is seen."""
+    model, params = layer_of(mitigation=MitigationConfig(bidirectional_prefix=True))
+    prefix = jnp.arange(LENGTH) < 6
+
+    @jax.jit
+    def run(x, prefix):
+        return outputs(model, params, x, prefix=jnp.broadcast_to(prefix, x.shape[:2]))
+
+    def reached(at, prefix):
+        moved = np.abs(np.asarray(run(x.at[:, at].add(1.0), prefix) - run(x, prefix))).max(axis=(0, 2))
+        return np.flatnonzero(moved > 1e-6)[0]
+
+    assert reached(5, prefix) == 0 and reached(6, prefix) == 0 and reached(7, prefix) == 7
+    assert reached(5, jnp.zeros_like(prefix)) == 5
+
+
 @pytest.mark.parametrize(
     "config, message",
     [
