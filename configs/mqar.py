@@ -5,19 +5,13 @@ Command: ``python train.py --config=configs/mqar.py:based,mamba2 --workdir=runs/
     pattern such as ``M-*-``.
 Hardware: 2 CPU cores for smoke (minutes); a GPU for the rest.
 Metric: validation/accuracy, over answers; by size and, with ``--config.task.slices="('size','distance')"``,
-    by distance. The papers try the learning rates below (`LEARNING_RATES`) and widths of 64 to 512.
+    by distance. The papers try several learning rates (``rates`` of a set; here a middle one) and widths.
 """
 
 from configs.recall import RecallExperiment, experiment, parse, small_model
 from tasks.recall import RecallTaskConfig
 from tasks.recall.mqar import SETS, MQARSpec
 
-LEARNING_RATES = {
-    "zoology": (1e-4, 4.6e-4, 2.2e-3, 1e-2),
-    "based": (1e-3, 3.2e-3, 1e-2, 3.2e-2),
-    "mamba2": (3.2e-4, 3.2e-3, 1e-2),
-    "bottleneck": (1e-3,),
-}
 SMOKE = ((32, 2), (32, 4), (64, 8))
 
 
@@ -40,9 +34,9 @@ def get_config(argument: str = "smoke,hybrid") -> RecallExperiment:
     )
     steps = chosen.epochs * sum(rows // chosen.batch for rows in chosen.train_rows)
     task.starts = tuple(round(share * steps) for share in chosen.starts)
-    config = experiment(
-        f"mqar {name}, {model}", small_model(model, task.law.vocab_size), task, steps=steps, lr=1e-3
-    )
+    rate = chosen.rates[len(chosen.rates) // 2]
+    network = small_model(model, task.law.vocab_size)
+    config = experiment(f"mqar {name}, {model}", network, task, steps=steps, lr=rate)
     config.stop_accuracy = 0.99 if not chosen.starts else None
     return config
 

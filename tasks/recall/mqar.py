@@ -137,12 +137,15 @@ class MQARSet:
         train_rows: examples of each size an epoch.
         starts: share of training after which each size is trained on in turn; () for all mixed.
         test_rows: of each size.
-        batch: rows of the longest size.
+        epochs, batch: passes over the rows, and rows of a batch.
+        rates: learning rates that were tried, ascending.
+        random_non_queries: as in `MQARSpec`.
     """
 
     train: tuple[tuple[int, int], ...]
     test: tuple[tuple[int, int], ...]
     train_rows: tuple[int, ...]
+    rates: tuple[float, ...]
     test_rows: int = 1000
     starts: tuple[float, ...] = ()
     epochs: int = 64
@@ -153,14 +156,16 @@ class MQARSet:
 def _one(length: int, pairs: int, batch: int) -> MQARSet:
     """Zoology, figure 2: a run for each size, zeros between the questions."""
     size = ((length, pairs),)
-    return MQARSet(size, size, (100_000,), 3000, batch=batch, random_non_queries=False)
+    rates = (1e-4, 4.6e-4, 2.2e-3, 1e-2)
+    return MQARSet(size, size, (100_000,), rates, 3000, batch=batch, random_non_queries=False)
 
 
 def _growing(length: int) -> MQARSet:
     """Mamba-2, appendix D.1: K grows to T / 4 while training, 2^18 examples each."""
     sizes = tuple((length, length // share) for share in (32, 16, 8, 4))
     starts, batch = (0.0, 0.25, 0.5, 0.75), 2**18 // length
-    return MQARSet(sizes, sizes[-1:], (2**18,) * 4, starts=starts, epochs=8, batch=batch)
+    rates = (3.2e-4, 3.2e-3, 1e-2)
+    return MQARSet(sizes, sizes[-1:], (2**18,) * 4, rates, starts=starts, epochs=8, batch=batch)
 
 
 _BASED = ((64, 4), (128, 8), (256, 16), (256, 32), (256, 64))
@@ -176,6 +181,7 @@ SETS: dict[str, MQARSet] = {
         _BASED,
         ((64, 4), (64, 8), (64, 16), (128, 32), (256, 64), (512, 128), (1024, 256)),
         _BASED_ROWS,
+        (1e-3, 3.2e-3, 1e-2, 3.2e-2),
         epochs=32,
     ),
     "mamba2_256": _growing(256),
@@ -185,6 +191,7 @@ SETS: dict[str, MQARSet] = {
         _BASED + _LONG,
         ((1024, 64), (1024, 128), (1024, 256)),
         _BASED_ROWS + (20_000,) * 6,
+        (1e-3,),
         batch=128,
     ),
 }
