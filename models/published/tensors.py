@@ -97,24 +97,17 @@ def sources_from(
     return sources(cut, parameter_shapes(config))
 
 
-def params_from_weights(
-    config: LMConfig, weights: Mapping[str, Any], names: Names, dtype: Any = np.float32
+def params_from_tensors(
+    config: LMConfig, expected: Iterable[Tensor], names: Names, weights: Mapping[str, Any], dtype: Any
 ) -> Tree:
     """Nested dict of parameters (numpy) from published tensors.
 
     Rows of a padded vocabulary that the file does not have are zeros.
 
     Raises:
-        ValueError: lists by name the tensors that are missing, unexpected, or of another shape, a head that
-            differs from the embedding it is tied to, or what the format has no place for.
+        ValueError: lists by name the tensors that are missing, unexpected, or of another shape, or a head that
+            differs from the embedding it is tied to.
     """
-    return params_from_tensors(config, expected_tensors(config, names), names, weights, dtype)
-
-
-def params_from_tensors(
-    config: LMConfig, expected: Iterable[Tensor], names: Names, weights: Mapping[str, Any], dtype: Any
-) -> Tree:
-    """:func:`params_from_weights` for ``expected`` tensors."""
     weights = {name: np.asarray(value) for name, value in weights.items()}
     made = sources_from(config, expected, names, {name: value.shape for name, value in weights.items()})
     check_tied(config, names, weights)

@@ -10,13 +10,12 @@ import pytest
 
 from layers.attention import AttentionConfig
 from layers.mlp import MLPConfig
+from models import published
 from models.functional import Functional
 from models.hmt import HMT
 from models.hmt_config import HMTConfig, MemoryConfig
-from models.published.tensors import params_from_weights
 from objectives.hmt import last_targets
 from tests.conftest import GOLDEN
-from tests.golden.hf_names import GPT2, LLAMA, gpt2_weights
 
 FILES = ("hmt_gpt2_1seg", "hmt_gpt2_2seg", "hmt_gpt2_3seg", "hmt_gpt2_stage1", "hmt_llama_3seg")
 
@@ -63,18 +62,17 @@ class Golden:
         self.meta = meta = json.loads(str(self.vectors.pop("meta_json")))
         self.config = config = config_of(meta)
         functional = Functional.create(lambda rngs: HMT(config, rngs=rngs))
-        weights = {n.removeprefix("base/"): v for n, v in self.vectors.items() if n.startswith("base/")}
-        llama = meta["arch"] == "llama"
-        base = params_from_weights(
-            config, weights if llama else gpt2_weights(weights), LLAMA if llama else GPT2
-        )
-        ours = {"topic": "topic_T", "prompt": "memory_init", "wq": "wq", "wk": "wk"}
-        given = {name: self.vectors.get(f"hmt/{theirs}") for name, theirs in ours.items()}
-        memory = functional.init(jax.random.key(0))["memory"]
-        for name, value in given.items():
-            if value is not None:
-                memory[name] = {"kernel": value.T} if name[0] == "w" else value[0]
-        self.params = {**base, "memory": memory}
+        base = {n.removeprefix("base/"): v for n, v in self.vectors.items() if n.startswith("base/")}
+        weights = {f"memory_cell.model.{name}": value for name, value in base.items()}
+        width, rank = config.d_model, config.memory.recall_dim
+        for name, theirs, shape in (
+            ("mem", "topic_T", (1, width)),
+            ("memory_cell.memory", "memory_init", (1, width)),
+            ("cross_attn.wq.weight", "wq", (rank, width)),
+            ("cross_attn.wk.weight", "wk", (rank, width)),
+        ):
+            weights[name] = self.vectors.get(f"hmt/{theirs}", np.zeros(shape))  # stage 1 has not all
+        self.params = published.params_from(config, weights, f"{meta['arch']}_hmt")
         ids = self.vectors["input_ids"].astype(np.int32)
         self.tokens = ids
         weights = np.ones(ids.shape, np.float32)
