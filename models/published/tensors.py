@@ -105,8 +105,8 @@ def params_from_tensors(
     Rows of a padded vocabulary that the file does not have are zeros.
 
     Raises:
-        ValueError: lists by name the tensors that are missing, unexpected, or of another shape, or a head that
-            differs from the embedding it is tied to.
+        ValueError: lists by name the tensors that are missing, unexpected, or of another shape, or a head
+            that differs from the embedding it is tied to.
     """
     weights = {name: np.asarray(value) for name, value in weights.items()}
     made = sources_from(config, expected, names, {name: value.shape for name, value in weights.items()})
