@@ -6,9 +6,11 @@ import os
 import signal
 import time
 
+import jax
 import pytest
 from rich.console import Console
 
+import train
 from configs import study as studies
 from configs.base import ConfigError
 from configs.study import Arm, Examination, Study
@@ -28,6 +30,13 @@ QUIET = Console(quiet=True)
 def spec(tmp_path_factory):
     """A config whose corpus nothing reads before training."""
     return f"tests/tiny_config.py:{tmp_path_factory.mktemp('data') / 'corpus'}"
+
+
+@pytest.fixture(autouse=True)
+def no_pictures(request, monkeypatch):
+    """Drawn by the real study alone: they take longer than all else."""
+    if "real" not in request.node.name:
+        monkeypatch.setattr(command, "save_pictures", lambda *_: [])
 
 
 def study_of(spec, *arms, **more):
@@ -98,7 +107,7 @@ def test_rates_then_seeds_then_examinations_and_nothing_twice(spec, tmp_path):
         ("b", 0, 2.0),
     ]
     assert data["records"][2]["probes"] == {"": {"bits_per_byte": {"answer": 42}}}
-    assert (tmp_path / "study.html").exists() and list((tmp_path / "pictures").glob("*.png"))
+    assert (tmp_path / "study.html").exists()
 
     again = Fake(study, tmp_path)
     assert command.run(study, tmp_path, again, QUIET).keys() == outcomes.keys() and not again.commands
@@ -244,7 +253,7 @@ def test_processes_tell_how_they_ended_and_are_stopped(tmp_path):
 
 @pytest.mark.slow
 def test_a_real_study_in_processes(tmp_path, monkeypatch):
-    """Two learning rates trained for two steps, the better examined: in this process, to save a start."""
+    """Two learning rates trained for two steps, the better examined; one of the three in its own process."""
     monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")
     monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.top_pad=0")  # no second start with tuned malloc
     corpus = write_corpus(tmp_path / "corpus")
@@ -268,15 +277,19 @@ def test_a_real_study_in_processes(tmp_path, monkeypatch):
 
     class Mixed(LocalProcesses):
         def start(self, name, argv, log):
-            if argv[0] == "train.py":
+            if name == "a/rate1_seed0":
                 return super().start(name, argv, log)
-            examine.main(argv[2:])
+            job = next(job for job in plan.jobs(study, root, command.found(study, root)) if job.name == name)
+            if isinstance(job, Exam):
+                examine.main(argv[2:])
+            else:
+                train.run(job.config, job.workdir, jax.devices()[:1])
             super().start(name, ("-c", ""), log)
 
-    study = study_of("", arm)
-    outcomes = command.run(study, tmp_path / "study", Mixed(2, tmp_path / "lock"), QUIET)
-    assert [end.why for end in outcomes.values()] == [""] * 3
-    (record,) = gather.records(study, tmp_path / "study", outcomes)
+    study, root = study_of("", arm), tmp_path / "study"
+    outcomes = command.run(study, root, Mixed(2, tmp_path / "lock"), QUIET)
+    assert [end.why for end in outcomes.values()] == [""] * 3 and len(list(root.glob("pictures/*.png"))) == 1
+    (record,) = gather.records(study, root, outcomes)
     again = record.probes[""]["bits_per_byte"]["validation/loss"]
     assert again == pytest.approx(record.result["validation/loss"], rel=1e-4)
     assert record.parameters > 0 and record.state_scalars == 0
@@ -293,7 +306,7 @@ def test_numbers_in_the_state_are_counted_as_the_paper_does(spec, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "task"), [("architectures_recall:cpu", "mqar"), ("layers_hybrid_ratio:full", "lm")]
+    ("name", "task"), [("architectures_recall:cpu", "mqar"), ("layers_hybrid_ratio:cpu", "lm")]
 )
 def test_arms_that_are_compared_have_equal_parameters(name, task, tmp_path):
     study, _, preset = name.partition(":")
@@ -301,4 +314,4 @@ def test_arms_that_are_compared_have_equal_parameters(name, task, tmp_path):
     arms = [arm for arm in study.arms if arm.factors["task"] == task]
     configs = [plan.run_of(study, tmp_path, arm, 1.0, 0, {}).config for arm in arms]
     counts = [gather.size_of(config)[0] for config in configs]
-    assert len(counts) > 5 and max(counts) < 1.05 * min(counts)
+    assert len(counts) > 3 and max(counts) < 1.05 * min(counts)
