@@ -28,7 +28,8 @@ class BPETokenizer:
     """A ``tokenizer.json``; a `tasks.tokenizer.Tokenizer`.
 
     Special tokens spelt out in a text are encoded as the text they are. A published tokenizer may open
-    documents with another token than it ends them with: ``opening_id``, which ``encode`` puts first.
+    documents with another token than it ends them with: ``opening_id``, which ``encode`` puts first. ``opens``
+    tells whether its own rule puts a token before every text.
 
     Args:
         separator: the token that ends documents; None for that of `SETTINGS`, or of `KNOWN_SEPARATORS`.
@@ -52,8 +53,9 @@ class BPETokenizer:
             )
         self._inner.encode_special_tokens = True
         self.separator_id: int = present[0]
-        opening = self._inner.encode("").ids  # what its own rule puts before a text
-        self.opening_id: int = opening[0] if len(opening) == 1 else self.separator_id
+        opening = self._inner.encode("").ids
+        self.opens: bool = len(opening) == 1
+        self.opening_id: int = opening[0] if self.opens else self.separator_id
         self.vocab_size: int = max(self._inner.get_vocab(with_added_tokens=True).values()) + 1
 
     def encode(self, text: str, *, separator: bool = False) -> Int[np.ndarray, " L"]:

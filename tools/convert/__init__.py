@@ -1,0 +1,1 @@
+"""Published checkpoints to runs and back; see ``python -m tools.convert --help``."""
