@@ -177,6 +177,19 @@ def sources(
     return {path: Source(shapes[path], tuple(parts)) for path, parts in blocks.items()}
 
 
+def repeat_of(path: Path, shape: Sequence[int], index: int | None, axes: tuple[int | None, ...]) -> Block:
+    """One of the stacked repeats of a parameter, or all of one that is not stacked (``index`` None).
+
+    ``axes`` are those of a repeat.
+    """
+    box = [(0, n) for n in shape]
+    if index is not None:  # the stack is the parameter's first axis, and none of the tensor's
+        box[0] = (index, index + 1)
+        axes = tuple(None if axis is None else axis + 1 for axis in axes)
+    sizes = [(0, 1) if axis is None else (0, box[axis][1] - box[axis][0]) for axis in axes]
+    return Block(path, tuple(box), tuple(sizes), axes)
+
+
 def stack(name: str, blocks: Sequence[Block], axis: int, skipped: int = 0) -> Tensor:
     """A tensor of blocks one after another along an axis, after ``skipped`` entries that hold nothing."""
     placed, end = [], skipped

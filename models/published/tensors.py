@@ -24,7 +24,7 @@ from models.functional import Functional, Tree
 from models.hmt import HMT
 from models.hmt_config import HMTConfig
 from models.lm import LM
-from models.published.blocks import Block, Path, Source, Tensor, sources, stack
+from models.published.blocks import Path, Source, Tensor, repeat_of, sources, stack
 
 Table = Mapping[str, tuple[str, ...]]
 Shapes = Mapping[Path, tuple[int, ...]]
@@ -200,14 +200,7 @@ def _describe(
     inputs_first = names.inputs_first and paths[0][0] == "backbone"
     axes = _axes(paths[0], len(shapes[paths[0]]) - (index is not None), inputs_first)
     outputs = 1 if inputs_first and len(axes) == 2 and paths[0][-1] == "kernel" else 0
-    blocks = []
-    for path in paths:
-        box, moved = [(0, n) for n in shapes[path]], axes
-        if index is not None:  # the stack is the parameter's first axis, and none of the tensor's
-            box[0] = (index, index + 1)
-            moved = tuple(None if axis is None else axis + 1 for axis in axes)
-        sizes = [(0, 1) if axis is None else (0, box[axis][1] - box[axis][0]) for axis in moved]
-        blocks.append(Block(path, tuple(box), tuple(sizes), moved))
+    blocks = [repeat_of(path, shapes[path], index, axes) for path in paths]
     tensor = stack(name, blocks, outputs, names.skipped.get(name, 0))
     return dataclasses.replace(tensor, least_rows=config.vocab_size) if paths[0] in VOCABULARY else tensor
 

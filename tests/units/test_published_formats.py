@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import math
 
 import numpy as np
 import pytest
@@ -10,11 +11,14 @@ from flax import nnx
 
 from configs.overrides import load
 from layers.mamba2 import Mamba2Config
+from layers.mlp import MLPConfig
 from models import published
 from models.beacon_config import BeaconLMConfig
 from models.config import LMConfig
 from models.hmt_config import HMTConfig
+from models.published.blocks import sources
 from models.published.inverse import compared
+from models.published.state_space import plain_tensors
 from models.published.tensors import parameter_shapes, slots
 from tests.conftest import GOLDEN, ROOT
 
@@ -269,6 +273,39 @@ def test_positions_of_opt_begin_at_row_two():
     assert published.tied_head(config, "opt", hub) == ("lm_head.weight", "decoder.embed_tokens.weight")
     with pytest.raises(ValueError, match="lm_head.weight differs from decoder.embed_tokens.weight"):
         published.params_from(config, hub | {"lm_head.weight": hub["lm_head.weight"] + 1}, "opt")
+
+
+@pytest.mark.parametrize("symbol, file", [("S", "s4_layer_dplr"), ("D", "s4_layer_diag"), ("d", "dss")])
+def test_state_space_layers_have_the_names_and_layouts_of_their_authors(symbol, file):
+    prefix = "layer_uni_w." if symbol == "d" else "w0."
+    with np.load(GOLDEN / f"{file}.npz") as g:
+        theirs = {n.removeprefix(prefix): g[n] for n in g.files if n.startswith(prefix)}
+    theirs.pop("layer.kernel.l_kernel", None)
+    linear = "output_linear" if symbol == "d" else "output_linear.0"
+    width = theirs[f"{linear}.weight"].shape[1]
+    config = LMConfig(d_model=width, pattern=f"-({symbol})2", mlp=MLPConfig(hidden=4))
+    config.s4.d_state = config.s4d.d_state = config.dss.d_state = 8
+    shapes = parameter_shapes(config)
+    tensors = plain_tensors(config, shapes)
+    count = lambda shapes: sum(math.prod(shape) for shape in shapes)  # noqa: E731
+    assert count(t.shape for t in tensors) == count(shapes.values())
+    assert {"embed.table", "backbone.runs.1.layers.0.norm.scale"} < {t.name for t in tensors}
+    layer = {t.name.removeprefix("layers.2."): t for t in tensors if t.name.startswith("layers.2.")}
+    assert {name: t.shape for name, t in layer.items()} == {n: w.shape for n, w in theirs.items()}
+    found = sources(((name, t) for name, t in layer.items()), shapes)
+
+    def ours(*path):
+        at = ("backbone", "runs", 1, "layers", 0, "mixer", *path)
+        return found[at].read(lambda name, box: theirs[name][box])[1]  # the second of two
+
+    out, *gate = np.split(theirs[f"{linear}.weight"], 1 if symbol == "d" else 2)
+    np.testing.assert_array_equal(ours("out", "kernel"), out.T.astype(np.float32))
+    if gate:
+        np.testing.assert_array_equal(ours("gate", "kernel"), gate[0].T.astype(np.float32))
+        np.testing.assert_array_equal(ours("inv_dt"), theirs["layer.kernel.inv_dt"][:, 0].astype(np.float32))
+        np.testing.assert_array_equal(ours("B"), theirs["layer.kernel.B"][0].astype(np.float32))
+    else:
+        np.testing.assert_array_equal(ours("Lambda_im"), theirs["kernel.Lambda"][:, 1].astype(np.float32))
 
 
 @pytest.mark.parametrize(
