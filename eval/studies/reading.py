@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -86,18 +86,6 @@ def difference(
     rng = np.random.default_rng(0)
     drawn = [side[rng.integers(side.size, size=(fits.RESAMPLES, side.size))].mean(axis=1) for side in (a, b)]
     return apart, fits.interval_of(drawn[0] - drawn[1])
-
-
-def best_by(records: Iterable[Record], key: Callable[[Record], Hashable], value: Value) -> dict[Any, Record]:
-    """For each key the record with the largest value."""
-    found: dict[Any, Record] = {}
-    for record in records:
-        v = value(record)
-        if v is not None and not math.isnan(v):
-            k = key(record)
-            if k not in found or v > (value(found[k]) or -math.inf):
-                found[k] = record
-    return found
 
 
 def signed(apart: float, interval: tuple[float, float], digits: int = 3) -> str:
