@@ -54,8 +54,11 @@ GRANITE = {
 # Of which class, and how it differs from the defaults there.
 CONFIGS = {
     "llama": ("Llama", {**ATTENTION, "head_dim": 16, "rope_parameters": LLAMA3, "attention_bias": True}),
-    "mistral": ("Mistral", {**ATTENTION, "sliding_window": 7}),
-    "qwen2": ("Qwen2", {**ATTENTION, "rope_parameters": YARN, "tie_word_embeddings": True}),
+    "mistral": ("Mistral", {**ATTENTION, "sliding_window": 7, "num_hidden_layers": 1}),
+    "qwen2": (
+        "Qwen2",
+        {**ATTENTION, "rope_parameters": YARN, "tie_word_embeddings": True, "num_hidden_layers": 1},
+    ),
     "gpt2": (
         "GPT2",
         {
@@ -71,6 +74,7 @@ CONFIGS = {
         "OPT",
         {
             **SMALL,
+            "num_hidden_layers": 1,
             "num_attention_heads": 4,
             "ffn_dim": 48,
             "max_position_embeddings": 40,

@@ -81,6 +81,11 @@ def test_other_models_as_plain_tensors(tmp_path):
     expected = {"/".join(map(str, path)): value for path, value in params.items()}
     assert bits(read_all(tmp_path / "out")) == bits(expected)
     assert json.loads((tmp_path / "out" / "config.json").read_text())["kind"] == "classification"
+    export_run(str(tmp_path / "run"), tmp_path / "authors", format="state_space")
+    theirs = read_all(tmp_path / "authors")
+    assert theirs["layers.0.layer.kernel.inv_dt"].shape == (8, 1)
+    W = expected["encoder/layers/1/mixer/W"]
+    np.testing.assert_array_equal(theirs["layers.1.kernel.W"], W)
 
 
 def test_adapters_are_merged_first(tmp_path):

@@ -16,7 +16,7 @@ from eval.opened import RunError
 from models import published
 from runtime.checkpoint import ArchitectureError, CheckpointError
 from runtime.tensor_files import SHARD_BYTES
-from tools.convert.exporting import PLAIN, export_run
+from tools.convert.exporting import PLAIN, STATE_SPACE, export_run
 from tools.convert.importing import DTYPES, import_checkpoint, mesh_of
 from tools.convert.published_files import ConvertError, TensorFileError
 
@@ -44,7 +44,7 @@ def parser() -> argparse.ArgumentParser:
     add = commands.add_parser("export", help="a run becomes a published checkpoint").add_argument
     add("--from", dest="source", required=True, help="the run: RUN or RUN@STEP")
     add("--to", required=True, help="directory of the checkpoint to write")
-    formats = ", ".join([*published.FORMATS, PLAIN])
+    formats = ", ".join([*published.FORMATS, PLAIN, STATE_SPACE])
     add("--format", help=f"one of {formats} (default: that it was imported from, or the first that fits)")
     add("--dtype", choices=DTYPES, help="of the tensors (default: as in the checkpoint of the run)")
     add("--shard_bytes", type=int, default=SHARD_BYTES, help="of a file of tensors, at most")

@@ -17,6 +17,7 @@ from configs.base import BaseExperiment
 from eval.opened import RunError, load_config
 from models import published
 from models.config import LMConfig
+from models.published.state_space import plain_tensors
 from objectives import model_of
 from runtime import tensor_files, tree_diff
 from runtime.checkpoint import Checkpoints
@@ -25,7 +26,7 @@ from runtime.warm_start import source_of, stored
 from tools.convert.importing import PUBLISHED, appearing
 from tools.convert.published_files import CONFIG, TOKENIZER_FILES, ConvertError
 
-PLAIN = "plain"
+PLAIN, STATE_SPACE = "plain", "state_space"
 Read = Callable[[Any, tuple[slice, ...]], np.ndarray]
 
 
@@ -44,7 +45,8 @@ def export_run(
     Args:
         source: RUN or RUN@STEP.
         format: of `models.published.FORMATS`; "plain" for any model, every parameter under its own path;
-            None for that which the run was imported from, or the first that can hold it.
+            "state_space" likewise, but S4, S4D and DSS layers under their authors' names and in their
+            layouts; None for that which the run was imported from, or the first that can hold it.
         dtype: of the tensors; None for that of the checkpoint.
 
     Raises:
@@ -76,12 +78,11 @@ def export_run(
 
 def _format(config: BaseExperiment, workdir: epath.Path, asked: str | None) -> tuple[str, dict[str, Any]]:
     """The format to write and its config.json: the one that was imported, while it still holds."""
-    if asked not in (None, PLAIN, *published.FORMATS):
-        raise ConvertError(
-            f"--format={asked} is unknown; use one of {', '.join([*published.FORMATS, PLAIN])}"
-        )
-    if asked == PLAIN:
-        return PLAIN, json.loads(config.to_json())
+    known = [*published.FORMATS, PLAIN, STATE_SPACE]
+    if asked not in (None, *known):
+        raise ConvertError(f"--format={asked} is unknown; use one of {', '.join(known)}")
+    if asked in (PLAIN, STATE_SPACE):
+        return asked, json.loads(config.to_json())
     if not isinstance(config.model, LMConfig):
         raise ConvertError(
             f"{workdir} is of kind {config.kind!r}, and published formats hold language models; use "
@@ -145,7 +146,11 @@ def _params(
 def _published(
     config: BaseExperiment, format: str, params: Mapping[tuple[Any, ...], jax.Array]
 ) -> tuple[list[tuple[str, Entry]], Callable[[str], np.ndarray]]:
-    tensors = {tensor.name: tensor for tensor in published.exported(config.model, format)}
+    if format == STATE_SPACE:
+        made = plain_tensors(config.model, {path: array.shape for path, array in params.items()})
+    else:
+        made = published.exported(config.model, format)
+    tensors = {tensor.name: tensor for tensor in made}
 
     def value(name: str) -> np.ndarray:
         return tensors[name].values(lambda path, box: np.asarray(params[path])[box])
