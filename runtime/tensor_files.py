@@ -6,6 +6,7 @@ stays in memory. A .bin is a pickle: torch reads it with its restricted reader, 
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 import math
@@ -24,6 +25,8 @@ Slices = tuple[slice, ...]
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 LOOKED_FOR = (INDEX, WHOLE, "pytorch_model.bin.index.json", "pytorch_model.bin")
 PICKLED = (".bin", ".pt", ".pth")
+RANKS = "mp_rank_*/model_optim_rng.pt"  # of Megatron-LM, below the directory of an iteration
+INERT = "megatron."  # classes of modules below it are stood in for by ones that do nothing
 SHOWN = 8  # names listed in an error message
 SHARD_BYTES = 5_000_000_000  # of a written file, at most, unless one tensor is larger
 DTYPES = {
@@ -72,18 +75,22 @@ class TensorFiles:
     def open(cls, path: str | Path) -> TensorFiles:
         """The tensors of a file, of an index of files, or of a directory with either of them.
 
+        Those of Megatron-LM's ranks have the folder of their rank before their names, "mp_rank_00/...".
+
         Raises:
             TensorFileError: nothing is there; a file is truncated, damaged, missing, no tensor file, or holds
                 other tensors than its index says; torch is needed and not installed.
         """
-        path = _find(Path(path))
+        path, ranks = _find(Path(path)), rank_files(Path(path))
         listed = _listed(path) if path.name.endswith(".index.json") else None
         entries: dict[str, Entry] = {}
         files: dict[str, Path] = {}
         pickled: dict[Path, dict[str, Any]] = {}
-        for file in [path] if listed is None else sorted({path.parent / name for name in listed.values()}):
+        single = ranks or [path]
+        for file in single if listed is None else sorted({path.parent / name for name in listed.values()}):
             if file.suffix in PICKLED:
-                pickled[file] = _unpickled(file)
+                prefix = f"{file.parent.name}/" if ranks else ""
+                pickled[file] = {prefix + name: t for name, t in _tensors(unpickled(file), file).items()}
                 found = {n: Entry(tuple(t.shape), _dtype_of(t, file, n)) for n, t in pickled[file].items()}
             else:
                 found = _headers(file)
@@ -147,9 +154,14 @@ def write(
     return written
 
 
+def rank_files(path: Path) -> list[Path]:
+    """The files of Megatron-LM's tensor-parallel ranks in a directory, in order; none in any other."""
+    return sorted(path.glob(RANKS)) if path.is_dir() else []
+
+
 def _find(path: Path) -> Path:
-    """The file to open for what was given."""
-    if path.is_file():
+    """The file to open for what was given; the directory itself if it has a file for each rank."""
+    if path.is_file() or rank_files(path):
         return path
     if not path.is_dir():
         raise TensorFileError(f"{path} does not exist; give a file of tensors, or the directory it is in")
@@ -202,8 +214,12 @@ def _headers(file: Path) -> dict[str, Entry]:
     return entries
 
 
-def _unpickled(file: Path) -> dict[str, Any]:
-    """The tensors of a .bin. What else is in it, such as states of modules, is left out."""
+def unpickled(file: Path) -> Any:
+    """What a pickle of torch holds: tensors, mapped and not read, and plain values.
+
+    Raises:
+        TensorFileError: torch is not installed; or the file is truncated or would run code.
+    """
     try:
         import torch
     except ImportError as error:
@@ -211,14 +227,31 @@ def _unpickled(file: Path) -> dict[str, Any]:
             f"{file} is a pickle of torch; to read it: pip install torch (a CPU build will do), or convert "
             "it to safetensors"
         ) from error
+    zipped = zipfile.is_zipfile(file)
     try:
-        loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+        named = torch.serialization.get_unsafe_globals_in_checkpoint(file) if zipped else []
+        inert: list[Any] = [(_Inert, name) for name in named if name.startswith(INERT)]
+        with torch.serialization.safe_globals([argparse.Namespace, *inert]):
+            return torch.load(file, map_location="cpu", weights_only=True, mmap=zipped)
     except Exception as error:  # pickles that are refused, truncated archives, other formats
         reason = str(error).strip().split("\n")[0]
         raise TensorFileError(
             f"{file} is refused: it is truncated, or holds more than tensors, and code in it is never run "
             f"({type(error).__name__}: {reason[:300]})"
         ) from error
+
+
+class _Inert:
+    """Stands in for a class that a file names, such as an enumeration of Megatron-LM."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        pass
+
+
+def _tensors(loaded: Any, file: Path) -> dict[str, Any]:
+    """The tensors of a .bin by name. What else is in it, such as states of modules, is left out."""
+    import torch
+
     for key in ("state_dict", "model"):  # as some programs wrap it
         if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
             loaded = loaded[key]

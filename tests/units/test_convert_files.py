@@ -1,8 +1,11 @@
 """Bad published checkpoints: what is told, and that nothing is left behind."""
 
+import argparse
 import json
 import pickle
 import shutil
+import sys
+import types
 
 import numpy as np
 import pytest
@@ -20,7 +23,9 @@ from tests.published_checkpoints import (
     write_mamba2,
     write_tokenizer,
 )
+from tests.units.test_published_formats import MEGATRON, megatron
 from tools.convert.importing import import_checkpoint
+from tools.convert.published_files import PublishedFiles
 
 
 @pytest.fixture
@@ -126,3 +131,25 @@ def test_tensors_that_do_not_fit_are_listed(tmp_path):
     weights["backbone.layers.1.mixer.D"] = weights.pop("backbone.layers.1.mixer.d")
     write_checkpoint(tmp_path / "bad", raw, weights)
     refused(tmp_path / "bad", tmp_path, r"lm_head\.weight is of dtype int8; expected floating point")
+
+
+def test_megatron_ranks_with_their_arguments(tmp_path, monkeypatch):
+    """The arguments hold an enumeration of a package that is not installed."""
+    torch = pytest.importorskip("torch")
+    _, files, params = megatron(2)
+    with monkeypatch.context() as patched:
+        module = types.ModuleType("megatron.core.enums")
+        module.ModelType = type("ModelType", (), {"__module__": module.__name__})
+        for name in ("megatron", "megatron.core", module.__name__):
+            patched.setitem(sys.modules, name, types.ModuleType(name))
+        patched.setitem(sys.modules, module.__name__, module)
+        arguments = argparse.Namespace(**MEGATRON, model_type=module.ModelType())
+        for rank, file in enumerate(files):
+            path = tmp_path / "iter" / f"mp_rank_{rank:02d}" / "model_optim_rng.pt"
+            path.parent.mkdir(parents=True)
+            model = {n: torch.tensor(np.ascontiguousarray(w)) for n, w in file.items()}
+            torch.save({"model": model, "args": arguments, "iteration": 7}, path)
+    opened = PublishedFiles.open(tmp_path / "iter")
+    assert opened.format == "megatron_hybrid" and "model_type" not in opened.raw
+    for path, source in opened.sources.items():
+        np.testing.assert_array_equal(source.read(opened.tensors.read), params[path], err_msg=str(path))

@@ -11,7 +11,7 @@ import numpy as np
 
 from models import published
 from models.config import LMConfig
-from runtime.tensor_files import TensorFileError, TensorFiles
+from runtime.tensor_files import TensorFileError, TensorFiles, rank_files, unpickled
 from tasks import bpe
 
 CONFIG = "config.json"
@@ -149,7 +149,16 @@ def copy_tokenizer(source: Path, out: Any, vocab_size: int) -> bool:
 
 
 def _config(directory: Path) -> dict[str, Any]:
+    """The config.json; of Megatron-LM, that or the arguments in the file of the first rank."""
     path = directory / CONFIG
+    ranks = rank_files(directory)
+    if ranks and not path.exists():
+        loaded = unpickled(ranks[0])
+        arguments = loaded.get("args") if isinstance(loaded, dict) else None
+        if arguments is None:
+            raise ConvertError(f"{ranks[0]} has no arguments (args), and {directory} no {CONFIG}")
+        plain = (str, int, float, bool, type(None))
+        return {name: value for name, value in vars(arguments).items() if isinstance(value, plain)}
     if not path.exists():
         there = ", ".join(sorted(p.name for p in directory.iterdir())[:8]) or "nothing"
         raise ConvertError(f"{directory} has no {CONFIG}, which says what the tensors are (found: {there})")
