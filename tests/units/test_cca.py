@@ -15,7 +15,7 @@ from layers.attention import Attention, AttentionConfig
 from layers.cca import CCAConfig, CoreContextAttention, Piece
 from layers.types import Context
 from models.config import LMConfig
-from objectives.language import _check_groups
+from objectives.language import check_groups
 from pallas_kernels import time_order
 from pallas_kernels.attention import Mask, Source, attention
 from pallas_kernels.cca import core_context_attention, reference
@@ -331,9 +331,9 @@ def test_configs_that_cannot_work(change, message):
 
 def test_lengths_that_groups_on_a_mesh_do_not_divide(mesh):
     config = Experiment(model=LMConfig(pattern="c", cca=TINY), mesh=MeshConfig(sequence_layout="zigzag"))
-    _check_groups(config, mesh(1, 1, 1, 4), {"": 64, "eval_": 32})
+    check_groups(config, mesh(1, 1, 1, 4), {"": 64, "eval_": 32})
     with pytest.raises(ValueError, match=r"task.eval_seq_len=40 must be a multiple of 32 .* 64 would work"):
-        _check_groups(config, mesh(1, 1, 1, 4), {"": 64, "eval_": 40})
+        check_groups(config, mesh(1, 1, 1, 4), {"": 64, "eval_": 40})
 
 
 @pytest.mark.parametrize(
