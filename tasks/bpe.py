@@ -28,8 +28,8 @@ class BPETokenizer:
     """A ``tokenizer.json``; a `tasks.tokenizer.Tokenizer`.
 
     Special tokens spelt out in a text are encoded as the text they are. A published tokenizer may open
-    documents with another token than it ends them with: ``opening_id``, which ``encode`` puts first. ``opens``
-    tells whether its own rule puts a token before every text.
+    documents with another token than it ends them with: ``opening_id``, which ``encode`` puts first.
+    ``opens`` tells whether its own rule puts a token before every text.
 
     Args:
         separator: the token that ends documents; None for that of `SETTINGS`, or of `KNOWN_SEPARATORS`.
