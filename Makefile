@@ -1,6 +1,7 @@
-# Both commands work in a fresh clone: they make .venv and install exact versions first.
+# All of them work in a fresh clone: they make .venv and install exact versions first.
 #   make quickstart   train the small hybrid on real text, compare it, sample from it
 #   make test         lint, types, the whole test suite
+#   make test-parity  published checkpoints against transformers (installs torch)
 PYTHON ?= python3
 VENV ?= .venv
 VERSION := $(shell $(PYTHON) -c 'import sys; print("%d%d" % sys.version_info[:2])')
@@ -8,7 +9,7 @@ CONSTRAINTS := constraints/py$(VERSION).txt
 BIN := $(VENV)/bin
 WORKERS ?= 2
 
-.PHONY: install quickstart test lint types clean
+.PHONY: install quickstart test test-parity lint types clean
 
 install: $(VENV)/.installed
 
@@ -22,6 +23,10 @@ $(VENV)/.installed-aot: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[dev,aot]'
 	touch $@
 
+$(VENV)/.installed-parity: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[dev,parity]'
+	touch $@
+
 $(CONSTRAINTS):
 	@echo "longspan is tested on Python 3.11 and 3.12; for another version make $@ from a working environment" && exit 1
 
@@ -31,6 +36,9 @@ quickstart: install
 test: install lint types $(VENV)/.installed-aot
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not aot"
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m aot  # libtpu in processes of its own
+
+test-parity: $(VENV)/.installed-parity
+	$(BIN)/python -m pytest -n $(WORKERS) tests/parity
 
 lint: install
 	$(BIN)/ruff format --check .
