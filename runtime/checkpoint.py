@@ -261,8 +261,8 @@ class Checkpoints:
         )
 
 
-def save_alone(workdir: epath.PathLike, step: int, state: PyTree, copied_gb: int = 1) -> None:
-    """Writes the one checkpoint of a new run with at most ``copied_gb`` of arrays copied at a time.
+def save_alone(workdir: epath.PathLike, step: int, state: PyTree) -> None:
+    """Writes the one checkpoint of a new run, copying no more than a few shards of its arrays at a time.
 
     For states as large as the memory; ``Checkpoints.save`` copies all of them at once, to return early.
 
@@ -271,9 +271,9 @@ def save_alone(workdir: epath.PathLike, step: int, state: PyTree, copied_gb: int
     """
     with Checkpoints(workdir) as checkpoints:
         path = checkpoints.path(step)
-    handler = ocp.PyTreeCheckpointHandler(
-        save_concurrent_gb=copied_gb, save_device_host_concurrent_gb=copied_gb
-    )
+    shards = (leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(state))
+    in_flight = max(2 * max(shards, default=0) / 1e9, 0.25)  # orbax refuses a shard above its limit
+    handler = ocp.PyTreeCheckpointHandler(save_concurrent_gb=in_flight)  # type: ignore[arg-type]
     try:
         with ocp.Checkpointer(handler) as writer:
             writer.save(path, args=ocp.args.PyTreeSave(state))
