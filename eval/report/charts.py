@@ -108,6 +108,8 @@ def _y_axis(chart: Chart, values: Sequence[float]) -> tuple[Scale, list[float]]:
     edges = [e for s in chart.series for e in (*(s.low or ()), *(s.high or ())) if math.isfinite(e)]
     shown = [*values, *edges, *chart.references.values()]
     low, high = chart.y_range or (min(shown), max(shown))
+    if low == high == 0:
+        high = 1.0  # zeros are mostly shares of what could be right
     if chart.y_range is None:
         pad = 0.06 * (high - low) or 0.05 * abs(high) or 1.0
         low, high = low - pad, high + pad
