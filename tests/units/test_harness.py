@@ -20,7 +20,7 @@ def run(tmp_path_factory):
     """An untrained run on bytes that can read 128 tokens."""
     root = tmp_path_factory.mktemp("run")
     experiment = tiny(root / "corpus")
-    experiment.model.pattern, experiment.model.max_positions = "M*", 128
+    experiment.model.pattern, experiment.model.max_positions = "*", 128
     experiment.model.attention.window = None
     params = model_of(experiment).init(jax.random.key(0))
     save_alone(root / "run", 0, {"params": jax.tree.map(lambda p: 3 * p if p.ndim > 1 else p, params)})
