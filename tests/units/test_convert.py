@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from configs import finetune
 from eval.generate import Generator
 from eval.opened import open_run
 from eval.sampling import Sampling
@@ -125,6 +126,14 @@ def test_parts_are_read_where_they_belong(checkpoint, monkeypatch):
     assert largest == 61 * 32 // 4 and table.addressable_shards[0].data.shape == (64, 8)
     np.testing.assert_array_equal(table[:61], vectors("hf_mamba2")[1]["backbone.embeddings.weight"])
     assert not table[61:].any() and params["head"]["kernel"].shape == (32, 64)
+
+
+def test_other_runs_start_from_it(run):
+    tuned = finetune.get_config(f"{run}@0,lora")
+    assert tuned.init_from == f"{run}@0" and tuned.lora.rank and tuned.task.vocab_size is None
+    tuned.validate()
+    with pytest.raises(ValueError, match=r"expected RUN\[@STEP\] or RUN\[@STEP\],lora"):
+        finetune.get_config(f"{run},head")
 
 
 def test_authors_file_with_a_repeated_head(tmp_path):
