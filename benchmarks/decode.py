@@ -109,9 +109,11 @@ class Decoder:
         return total
 
     def _steps(self, params: Any, carry: Any) -> Any:
+        lm = self.model.bind(params)
+        lm.backbone.take_apart()
+
         def step(carry: Any, _: None) -> tuple[Any, None]:
             token, state = carry
-            lm = self.model.bind(params)
             hidden, state, _ = lm(token[:, None], state)
             token = jnp.argmax(lm.logits(hidden)[:, -1], axis=-1)
             return (token.astype(jnp.int32), state), None

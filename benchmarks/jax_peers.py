@@ -46,11 +46,12 @@ class JaxPeer:
 
     def decode(self, tokens: Int[np.ndarray, "B L"]) -> Callable[[], Any]:
         """As ``eval.decode`` does it: the steps of one call are one compiled scan."""
-        step = functools.partial(jax.lax.scan, length=DECODE_STEPS)
-        run = jax.jit(
-            lambda params, carry: step(lambda c, _: (self._step(params, c), c[0]), carry, None),
-            donate_argnums=1,
-        )
+
+        def steps(params: Any, carry: Any) -> Any:
+            step = self._stepper(params)
+            return jax.lax.scan(lambda c, _: (step(c), c[0]), carry, None, length=DECODE_STEPS)
+
+        run = jax.jit(steps, donate_argnums=1)
         return self._decoding(tokens, lambda carry: run(self.params, carry)[0])
 
     def decode_calls(self, tokens: Int[np.ndarray, "B L"]) -> Callable[[], Any]:
@@ -70,6 +71,10 @@ class JaxPeer:
 
     def _forward(self) -> Callable[..., Any]:
         return jax.jit(lambda params, tokens, state: self.apply(params, tokens, state, True))
+
+    def _stepper(self, params: Any) -> Callable[[Any], Any]:
+        """One step, with what can be done once for many steps done."""
+        return functools.partial(self._step, params)
 
     def _step(self, params: Any, carry: Any) -> Any:
         token, state = carry
@@ -103,6 +108,17 @@ class Longspan(JaxPeer):
         lm = self.model.bind(params)
         hidden, state, _ = lm(tokens, state)
         return lm.logits(hidden[:, -1:] if last_only else hidden), state
+
+    def _stepper(self, params: Any) -> Callable[[Any], Any]:
+        """As ``eval.decode`` does."""
+        lm = self.model.bind(params)
+        lm.backbone.take_apart()
+
+        def step(carry: Any) -> Any:
+            hidden, state, _ = lm(carry[0][:, None], carry[1])
+            return jnp.argmax(lm.logits(hidden[:, -1]), axis=-1).astype(jnp.int32), state
+
+        return step
 
     def empty_state(self) -> Any:
         return self.model.bind(self.params).init_state(self.shape.batch, 1)

@@ -151,6 +151,7 @@ def _programs(model: Functional, sampling: Sampling, steps: int) -> _Programs:
     @functools.partial(jax.jit, donate_argnums=2)
     def go_on(params: Params, keys: Array, carry: Carry) -> tuple[Carry, Array]:
         lm = model.bind(params)
+        lm.backbone.take_apart()
 
         def one(carry: Carry, _: None) -> tuple[Carry, Array]:
             token, state, seen, step = carry

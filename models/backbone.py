@@ -82,6 +82,7 @@ class Run(nnx.Module):
         kinds: Mapping[str, Kind] = KINDS,
     ):
         self.repeats, self.remat = repeats, config.remat
+        self.apart: nnx.List = nnx.List([])  # see `take_apart`
 
         def build(rngs: nnx.Rngs) -> nnx.List:
             return nnx.List([SubLayer(symbol, config, rngs=rngs, kinds=kinds) for symbol in unit])
@@ -120,10 +121,17 @@ class Run(nnx.Module):
             return x, None if states is None else [_at(stacked, i) for i in range(self.repeats)]
         after = []
         for i in range(self.repeats):
-            layers = self.layers if self.repeats == 1 else _at(self.layers, i)
+            layers = (
+                self.layers if self.repeats == 1 else self.apart[i] if self.apart else _at(self.layers, i)
+            )
             x, part = unit(x, layers, None if states is None else states[i])
             after.append(part)
         return x, None if states is None else after
+
+    def take_apart(self) -> None:
+        """Slice what is stacked before a loop over tokens: within it, every token would copy the weights."""
+        if self.repeats > 1:
+            self.apart = nnx.List([_at(self.layers, i) for i in range(self.repeats)])
 
 
 def _at(stacked: Any, i: int) -> Any:
@@ -152,6 +160,11 @@ class Backbone(nnx.Module):
                 x, run_state = run(x, None if state is None else state[i], ctx)
                 after.append(run_state)
         return x, None if state is None else after
+
+    def take_apart(self) -> None:
+        """For a loop over tokens, before it (`Run.take_apart`); of a model that is bound to parameters."""
+        for run in self.runs:
+            run.take_apart()
 
     def flops_per_token(self, length: int) -> float:
         """Forward operations per token of all mixers and MLPs at context ``length``."""

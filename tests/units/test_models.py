@@ -69,6 +69,15 @@ def test_stacked_layers_equal_the_same_layers_apart():
     np.testing.assert_allclose(bound.norm(x), hidden, atol=1e-5)
 
 
+def test_weights_taken_apart_are_the_same():
+    model, params = build()
+    bound = model.bind(params)
+    want = bound(TOKENS)[0]
+    bound.backbone.take_apart()
+    assert any(run.apart for run in bound.backbone.runs)
+    np.testing.assert_array_equal(bound(TOKENS)[0], want)
+
+
 @pytest.mark.parametrize("remat", ["none", "full"])
 def test_scanned_runs_equal_unrolled_ones(remat, monkeypatch):
     model, params = build(dataclasses.replace(CONFIG, pattern="MM", remat=remat))
