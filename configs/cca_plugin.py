@@ -2,7 +2,8 @@
 
 Command: ``python train.py --config=configs/cca_plugin.py:runs/attention --workdir=runs/attention_cca``
     (RUN or RUN@STEP, and optionally GROUP,WINDOW: ``runs/attention@3600,8,64``)
-Hardware: that of the run. Metric: not yet recorded.
+Hardware: that of the run. Metric: validation bits per byte of lm_stdlib:attention, seed 0, after it: 1.652
+    (``RUN,8,128``: 1.621; ``RUN,16,512``, which is full attention: 1.603).
 
 Every parameter is loaded and none is new; a tenth of the run's updates at a tenth of its rate. All of them
 train; the paper also trains the projections of queries, keys and values alone,
