@@ -7,6 +7,7 @@ import difflib
 import importlib.util
 import pathlib
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Any
 
 
@@ -16,18 +17,24 @@ def load(spec: str) -> Any:
     Raises:
         FileNotFoundError: there is no such file; the message lists the configs beside it.
     """
+    module, arg = module_of("config", spec)
+    return module.get_config(arg) if arg else module.get_config()
+
+
+def module_of(flag: str, spec: str) -> tuple[ModuleType, str]:
+    """The module at PATH of ``--flag=PATH[:ARG]``, and ARG. Raises FileNotFoundError, which lists others."""
     path, _, arg = spec.partition(":")
     file = pathlib.Path(path)
     if not file.is_file():
-        there = sorted(str(p) for p in file.parent.glob("*.py")) if file.parent.is_dir() else []
+        there = sorted(str(p) for p in file.parent.glob("[!_]*.py")) if file.parent.is_dir() else []
         raise FileNotFoundError(
-            f"--config={spec}: no file {path}" + (f"; there are {', '.join(there)}" if there else "")
+            f"--{flag}={spec}: no file {path}" + (f"; there are {', '.join(there)}" if there else "")
         )
-    module_spec = importlib.util.spec_from_file_location("_config", file)
+    module_spec = importlib.util.spec_from_file_location(f"_{flag}", file)
     assert module_spec is not None and module_spec.loader is not None
     module = importlib.util.module_from_spec(module_spec)
     module_spec.loader.exec_module(module)
-    return module.get_config(arg) if arg else module.get_config()
+    return module, arg
 
 
 def fields(config: Any, prefix: str = "") -> list[str]:

@@ -7,12 +7,11 @@ trains: these are the settings, and the rules that they must obey.
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
-import pathlib
 from collections.abc import Mapping
 from typing import Any
 
 from configs.base import ConfigError
+from configs.overrides import module_of
 
 BEST = ("min", "max")
 SOURCE = "{source}"
@@ -152,19 +151,9 @@ def load(spec: str) -> Study:
         FileNotFoundError: there is no such file; the message lists the studies beside it.
         ConfigError: the study cannot work.
     """
-    path, _, arg = spec.partition(":")
-    file = pathlib.Path(path)
-    if not file.is_file():
-        there = sorted(str(p) for p in file.parent.glob("[!_]*.py")) if file.parent.is_dir() else []
-        raise FileNotFoundError(
-            f"--study={spec}: no file {path}" + (f"; there are {', '.join(there)}" if there else "")
-        )
-    module_spec = importlib.util.spec_from_file_location("_study", file)
-    assert module_spec is not None and module_spec.loader is not None
-    module = importlib.util.module_from_spec(module_spec)
-    module_spec.loader.exec_module(module)
+    module, arg = module_of("study", spec)
     if not hasattr(module, "get_study"):
-        raise ConfigError(f"--study={spec}: {path} has no get_study(arg) -> Study")
+        raise ConfigError(f"--study={spec}: the file has no get_study(arg) -> Study")
     study = module.get_study(arg) if arg else module.get_study()
     study.validate()
     return study
