@@ -1,6 +1,6 @@
 """A study: which runs are trained, what is examined of them, and what analysis answers its question.
 
-``configs/sweeps/NAME.py`` has ``get_study(arg) -> Study``; ``python -m tools.sweep`` runs it. Nothing here
+``configs/sweeps/NAME.py`` has ``get_study(arg) -> Study``; ``python -m tools.launch`` runs it. Nothing here
 trains: these are the settings, and the rules that they must obey.
 """
 
@@ -151,9 +151,9 @@ def load(spec: str) -> Study:
         FileNotFoundError: there is no such file; the message lists the studies beside it.
         ConfigError: the study cannot work.
     """
-    module, arg = module_of("study", spec)
+    module, arg = module_of("sweep", spec)
     if not hasattr(module, "get_study"):
-        raise ConfigError(f"--study={spec}: the file has no get_study(arg) -> Study")
+        raise ConfigError(f"--sweep={spec}: the file has no get_study(arg) -> Study")
     study = module.get_study(arg) if arg else module.get_study()
     study.validate()
     return study

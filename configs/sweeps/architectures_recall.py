@@ -1,6 +1,7 @@
 """Which architectures recall? MQAR, copying and a phone book at equal parameters; Mamba-2 by state size.
 
-Command: ``python -m tools.sweep --study=configs/sweeps/architectures_recall.py:cpu --workdir=studies/recall``
+Command:
+    ``python -m tools.launch --sweep=configs/sweeps/architectures_recall.py:cpu --workdir=studies/recall``
 Presets: smoke (MQAR, three architectures, a small sweep of the state), cpu (every task and architecture on
     small sizes, hours on 2 cores), full (published sizes, a GPU).
 Learning rates: a grid for each architecture and task with the first seed, chosen by validation accuracy; the

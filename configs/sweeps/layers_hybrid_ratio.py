@@ -1,6 +1,6 @@
 """How much attention does a hybrid need? Its share of the sequence mixers from 0 to 1, on text and recall.
 
-Command: ``python -m tools.sweep --study=configs/sweeps/layers_hybrid_ratio.py:cpu --workdir=studies/ratio``
+Command: ``python -m tools.launch --sweep=configs/sweeps/layers_hybrid_ratio.py:cpu --workdir=studies/ratio``
 Presets: smoke (a few steps, minutes), cpu (four mixers, hours on 2 cores), full (eight mixers, a GPU).
 Learning rates: on text the recipe of configs/lm_stdlib.py; on recall a grid for each share.
 Parameters: equal within 5 % in a task; the width of the MLPs evens them out.

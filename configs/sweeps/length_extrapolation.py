@@ -1,6 +1,7 @@
 """Beyond the training length: who breaks, what mends it without training, and what training on does.
 
-Command: ``python -m tools.sweep --study=configs/sweeps/length_extrapolation.py:cpu --workdir=studies/length``
+Command:
+    ``python -m tools.launch --sweep=configs/sweeps/length_extrapolation.py:cpu --workdir=studies/length``
 Presets: smoke (128 bytes, few steps, minutes), cpu (configs/lm_stdlib.py, 512 bytes, hours on 2 cores), full
     (the same at 2048, three seeds, a GPU).
 Learning rates: those of the recipes; that of configs/continue_long.py is a tenth.

@@ -1,6 +1,6 @@
 """Polarised channels of Mamba: does one that never forgets, or one that forgets at once, help recall?
 
-Command: ``python -m tools.sweep --study=configs/sweeps/polarisation.py:cpu --workdir=studies/polarisation``
+Command: ``python -m tools.launch --sweep=configs/sweeps/polarisation.py:cpu --workdir=studies/polarisation``
 Presets: smoke (two layers, default and both, minutes), cpu (short rows, 2 and 4 layers, hours on 2 cores),
     full (the set, sizes and rate of arXiv:2501.00658, a GPU).
 Learning rates: the paper's in full; else a grid of the default, of each depth, which the others take.

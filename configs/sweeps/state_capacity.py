@@ -1,6 +1,6 @@
 """How much does a recurrent state hold? The protocol of Stuffed Mamba (arXiv:2410.07145), scaled down.
 
-Command: ``python -m tools.sweep --study=configs/sweeps/state_capacity.py:cpu --workdir=studies/capacity``
+Command: ``python -m tools.launch --sweep=configs/sweeps/state_capacity.py:cpu --workdir=studies/capacity``
 Presets: smoke (2 state sizes x 3 lengths, few steps, minutes), cpu (5 x 6, many hours on 2 cores), full (up
     to 16K tokens, three seeds, a GPU).
 T_forget: Mamba-2 of configs/lm_stdlib.py with another d_state, trained on rows of T tokens of a stream, each

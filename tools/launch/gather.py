@@ -19,8 +19,8 @@ from eval.studies.types import Record
 from models.functional import parameter_count
 from objectives import model_of
 from runtime import run_record
-from tools.sweep import plan
-from tools.sweep.plan import Exam, Outcome, Run
+from tools.launch import plan
+from tools.launch.plan import Exam, Outcome, Run
 
 
 def report(study: Study, root: Path, outcomes: Mapping[str, Outcome]) -> Report:

@@ -15,7 +15,7 @@ from eval import curves, probes
 from eval.calibrated import FILE
 from eval.run import is_done
 from runtime import run_record
-from tools.sweep.plan import Calibration, Exam, Job, Outcome, Run
+from tools.launch.plan import Calibration, Exam, Job, Outcome, Run
 
 SAID = 400  # characters of a log's end that tell why a job failed
 

@@ -1,4 +1,4 @@
-"""Run a study: ``python -m tools.sweep --study=configs/sweeps/NAME.py[:PRESET] --workdir=DIR``.
+"""Run a study: ``python -m tools.launch --sweep=configs/sweeps/NAME.py[:PRESET] --workdir=DIR``.
 
 Every run is a process of its own, its log under DIR/logs. Started again, it goes on where it stopped. What
 fails is told, and the rest goes on. At the end, and when it is interrupted: DIR/study.html with its data in
@@ -22,11 +22,11 @@ from eval import probes
 from eval.report import save
 from eval.report.pictures import save_pictures
 from eval.studies import ANALYSES
-from tools.sweep import gather, plan, status
-from tools.sweep.launch import Launcher, LocalProcesses
-from tools.sweep.loop import sweep
-from tools.sweep.plan import Outcome
-from tools.sweep.show import Show
+from tools.launch import gather, plan, status
+from tools.launch.local import Launcher, LocalProcesses
+from tools.launch.loop import sweep
+from tools.launch.plan import Outcome
+from tools.launch.show import Show
 
 
 def run(study: Study, root: Path, launcher: Launcher, console: Console | None = None) -> dict[str, Outcome]:
@@ -97,8 +97,8 @@ def listing(study: Study, root: Path) -> list[str]:
 
 def parser() -> argparse.ArgumentParser:
     """The options of the command."""
-    options = argparse.ArgumentParser("python -m tools.sweep", allow_abbrev=False)
-    options.add_argument("--study", required=True, help="configs/sweeps/NAME.py[:PRESET]")
+    options = argparse.ArgumentParser("python -m tools.launch", allow_abbrev=False)
+    options.add_argument("--sweep", required=True, help="configs/sweeps/NAME.py[:PRESET]")
     options.add_argument("--workdir", required=True, help="local directory of the study")
     options.add_argument("--jobs", type=int, default=1, help="runs at once")
     options.add_argument("--dry-run", action="store_true", help="list the commands and run nothing")
@@ -116,7 +116,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         options.error(f"--jobs={given.jobs} should be at least 1")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # its jobs must not go on alone
     try:
-        study = studies.load(given.study)
+        study = studies.load(given.sweep)
         if given.dry_run:
             check(study)
             print("\n".join(listing(study, root)))

@@ -17,10 +17,10 @@ from configs.study import Arm, Examination, Study
 from eval import run as examine
 from eval.opened import load_config
 from tests.experiments import write_corpus
-from tools.sweep import __main__ as command
-from tools.sweep import gather, plan
-from tools.sweep.launch import LocalProcesses
-from tools.sweep.plan import Exam
+from tools.launch import __main__ as command
+from tools.launch import gather, plan
+from tools.launch.local import LocalProcesses
+from tools.launch.plan import Exam
 
 EXAM = Examination(("bits_per_byte",))
 QUIET = Console(quiet=True)
@@ -176,7 +176,7 @@ def test_a_dry_run_lists_commands_and_numbers(spec, tmp_path, capsys, monkeypatc
         "seeds=(0, 1), examinations=(Examination(('bits_per_byte',)),)),))\n"
     )
     monkeypatch.setattr(command.signal, "signal", lambda *_: None)
-    command.main([f"--study={tmp_path}/s.py:mine", f"--workdir={tmp_path}/w", "--dry-run"])
+    command.main([f"--sweep={tmp_path}/s.py:mine", f"--workdir={tmp_path}/w", "--dry-run"])
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 3 and lines[1].startswith(
         f"python train.py --config={spec} --workdir={tmp_path}/w/runs/a/rate0.5"

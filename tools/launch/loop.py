@@ -12,10 +12,10 @@ from etils import epath
 from configs.study import Study
 from runtime.run_record import replace_text
 from runtime.writers import to_json
-from tools.sweep import plan, status
-from tools.sweep.launch import Launcher
-from tools.sweep.plan import Job, Outcome
-from tools.sweep.show import Show
+from tools.launch import plan, status
+from tools.launch.local import Launcher
+from tools.launch.plan import Job, Outcome
+from tools.launch.show import Show
 
 POLL = 1.0  # seconds between looks
 

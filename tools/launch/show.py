@@ -8,8 +8,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from configs.study import Study
-from tools.sweep import status
-from tools.sweep.plan import Job, Outcome, Run
+from tools.launch import status
+from tools.launch.plan import Job, Outcome, Run
 
 
 class Show:
