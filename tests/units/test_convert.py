@@ -128,6 +128,23 @@ def test_parts_are_read_where_they_belong(checkpoint, monkeypatch):
     assert not table[61:].any() and params["head"]["kernel"].shape == (32, 64)
 
 
+def test_one_part_at_a_time_is_in_memory(monkeypatch):
+    """A part is on its devices before the next is read; what several devices hold is read once."""
+    seen, put = [], jax.device_put
+    monkeypatch.setattr(jax, "device_put", lambda *args: [seen.append("put"), put(*args)][1])
+    whole = np.arange(16.0).reshape(8, 2)
+
+    def values(box):
+        seen.append("read")
+        return whole[box]
+
+    mesh = make_mesh(MeshConfig(fsdp=4, tensor=2))
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("fsdp"))
+    array = importing.placed(whole.shape, sharding, values)
+    assert seen == ["read", "put", "put"] * 4 and array.sharding == sharding
+    np.testing.assert_array_equal(array, whole)
+
+
 def test_other_runs_start_from_it(run):
     tuned = finetune.get_config(f"{run}@0,lora")
     assert tuned.init_from == f"{run}@0" and tuned.lora.rank and tuned.task.vocab_size is None

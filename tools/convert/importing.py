@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import math
 from collections.abc import Callable, Iterator
@@ -177,7 +178,7 @@ def load(opened: PublishedFiles, experiment: Experiment, mesh: MeshConfig, dtype
     roles = nnx.traversals.flatten_mapping(model.roles)
     dtypes = {path: _dtype(opened.dtype(path), roles[path], dtype) for path in opened.sources}
     total = sum(
-        math.prod(source.shape) * opened.dtype(path).itemsize * _times_read(shardings[path], source.shape)
+        math.prod(source.shape) * opened.dtype(path).itemsize * _share(shardings[path], source.shape)
         for path, source in opened.sources.items()
     )
     flat = {}
@@ -189,12 +190,32 @@ def load(opened: PublishedFiles, experiment: Experiment, mesh: MeshConfig, dtype
             return values
 
         for path, source in opened.sources.items():
-            flat[path] = jax.make_array_from_callback(
-                source.shape,
-                shardings[path],
-                lambda index, s=source, d=dtypes[path]: s.read(read, index, d),  # type: ignore[misc]
-            )
+            values = functools.partial(source.read, read, dtype=dtypes[path])
+            flat[path] = placed(source.shape, shardings[path], values)
     return nnx.traversals.unflatten_mapping(flat)
+
+
+def placed(
+    shape: tuple[int, ...], sharding: Sharding, values: Callable[[tuple[slice, ...]], np.ndarray]
+) -> jax.Array:
+    """An array of which every part is read once, and is on its devices before the next is read.
+
+    ``jax.make_array_from_callback`` has all parts in memory a second time: up to a third of a model, where
+    the weights of its layers are stacked.
+    """
+    arrays = []
+    for box, devices in _parts(sharding, shape):
+        part = values(box)
+        arrays += jax.block_until_ready([jax.device_put(part, device) for device in devices])
+    return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
+
+
+def _parts(sharding: Sharding, shape: tuple[int, ...]) -> list[tuple[tuple[slice, ...], list[jax.Device]]]:
+    """The boxes of an array that devices of this process hold, each with those that hold it."""
+    holders: dict[str, tuple[tuple[slice, ...], list[jax.Device]]] = {}
+    for device, box in sharding.addressable_devices_indices_map(shape).items():
+        holders.setdefault(str(box), (box or (), []))[1].append(device)
+    return list(holders.values())
 
 
 def _dtype(stored: np.dtype, role: str, asked: str | None) -> np.dtype:
@@ -204,11 +225,9 @@ def _dtype(stored: np.dtype, role: str, asked: str | None) -> np.dtype:
     return jnp.dtype(asked)
 
 
-def _times_read(sharding: Sharding, shape: tuple[int, ...]) -> float:
-    """How often this process reads each value of a parameter: once for each of its devices that hold it."""
-    if sharding.is_fully_replicated:
-        return 1
-    return len(sharding.addressable_devices) * math.prod(sharding.shard_shape(shape)) / math.prod(shape)
+def _share(sharding: Sharding, shape: tuple[int, ...]) -> float:
+    """Which part of a parameter this process reads."""
+    return len(_parts(sharding, shape)) * math.prod(sharding.shard_shape(shape)) / math.prod(shape)
 
 
 @contextlib.contextmanager
