@@ -12,7 +12,7 @@ from configs.recall import RecallExperiment, experiment, parse, small_model
 from tasks.recall import RecallTaskConfig
 from tasks.recall.mqar import SETS, MQARSpec
 
-SMOKE = ((32, 2), (32, 4), (64, 8))
+SMOKE = ((32, 2), (32, 4), (64, 8), (128, 16))
 
 
 def get_config(argument: str = "smoke,hybrid") -> RecallExperiment:
@@ -42,15 +42,21 @@ def get_config(argument: str = "smoke,hybrid") -> RecallExperiment:
 
 
 def _smoke(name: str, model: str) -> RecallExperiment:
-    """64 ids, up to 8 pairs; evaluated at more pairs and longer rows too."""
+    """128 ids, up to 16 pairs; evaluated at more pairs and longer rows too.
+
+    Few pairs come first: from all sizes at once, attention stays for thousands of steps with what it can do
+    without an induction head, a guess among the values of its row.
+    """
+    steps = 4000
     task = RecallTaskConfig(
         name="mqar",
-        mqar=MQARSpec(vocab_size=64, updates=2 if "forgetting" in name else 0),
+        mqar=MQARSpec(vocab_size=128, random_non_queries=False, updates=2 if "forgetting" in name else 0),
         train_sizes=SMOKE,
-        eval_sizes=(*SMOKE, (64, 12), (128, 8)),
+        starts=tuple(i * steps // 8 for i in range(len(SMOKE))),
+        eval_sizes=(*SMOKE[1:], (128, 24), (256, 32)),
         eval_rows=256,
         batch_size=32,
     )
-    config = experiment(f"mqar {name}, {model}", small_model(model, 64, 64), task, steps=3000, lr=3e-3)
+    config = experiment(f"mqar {name}, {model}", small_model(model, 128, 64), task, steps=steps, lr=3e-3)
     config.stop_accuracy = 0.99
     return config

@@ -20,7 +20,8 @@ METRIC = "validation/accuracy"
 
 def get_study(preset: str = "smoke") -> Study:
     """Raises ValueError for a preset that does not exist."""
-    small = {8: "validation/accuracy_64_8", 12: "validation/accuracy_64_12"}
+    small = {16: "validation/accuracy_128_16", 24: "validation/accuracy_128_24"}
+    small[32] = "validation/accuracy_256_32"
     if preset == "smoke":
         short = {"train.steps": 1000, "train.eval_every": 250, "checkpoint.every": 500}
         arms = _arms("configs/mqar.py:smoke", ("default", "both"), (2,), (1.0,), (0,), short)
