@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import json
@@ -83,7 +84,8 @@ def _read(kind: Any, value: Any, where: str, name: str) -> Any:
     if kind is Any or (type(value) is kind and kind in (int, str, bool, float)):
         return value
     if kind is float and type(value) in (int, str):  # infinities are written as strings
-        return float(value)
+        with contextlib.suppress(ValueError):
+            return float(value)
     raise ConfigError(f"{where}: {name} is {value!r}, expected {getattr(kind, '__name__', kind)}")
 
 

@@ -1,7 +1,8 @@
 """A study: which runs are trained, what is examined of them, and what analysis answers its question.
 
-``configs/sweeps/NAME.py`` has ``get_study(arg) -> Study``; ``python -m tools.launch`` runs it. Nothing here
-trains: these are the settings, and the rules that they must obey.
+``configs/sweeps/NAME.py`` has ``get_study(arg) -> Study``, or the simple form of `configs.trials`;
+``python -m tools.launch`` runs it. Nothing here trains: these are the settings, and the rules that they
+must obey.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from configs.base import ConfigError
-from configs.overrides import module_of
 
 BEST = ("min", "max")
 SOURCE = "{source}"
@@ -142,18 +142,3 @@ def _problems(arm: Arm, before: list[str]) -> list[str]:
         if not examination.probes:
             found.append(f"examination {examination.name!r} has no probes")
     return found
-
-
-def load(spec: str) -> Study:
-    """The study of ``PATH[:ARG]``: calls ``get_study(ARG)`` (or ``get_study()``) of that file; validated.
-
-    Raises:
-        FileNotFoundError: there is no such file; the message lists the studies beside it.
-        ConfigError: the study cannot work.
-    """
-    module, arg = module_of("sweep", spec)
-    if not hasattr(module, "get_study"):
-        raise ConfigError(f"--sweep={spec}: the file has no get_study(arg) -> Study")
-    study = module.get_study(arg) if arg else module.get_study()
-    study.validate()
-    return study

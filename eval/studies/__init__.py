@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from eval.studies import hybrid_ratio, length, polarisation, recall, state_capacity
+from eval.studies import hybrid_ratio, length, polarisation, recall, state_capacity, trials
 from eval.studies.types import Analyse
 
 ANALYSES: dict[str, Analyse] = {
@@ -11,4 +11,5 @@ ANALYSES: dict[str, Analyse] = {
     "length": length.analyse,
     "polarisation": polarisation.analyse,
     "hybrid_ratio": hybrid_ratio.analyse,
+    "trials": trials.analyse,
 }

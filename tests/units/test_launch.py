@@ -1,24 +1,23 @@
 """Sweeps: rates, then seeds, then examinations; what ends badly or is interrupted loses nothing else."""
 
+import dataclasses
 import json
 import math
-import os
-import signal
-import time
 
 import jax
 import pytest
 from rich.console import Console
 
 import train
-from configs import study as studies
+from configs import trials
 from configs.base import ConfigError
 from configs.study import Arm, Examination, Study
 from eval import run as examine
 from eval.opened import load_config
 from tests.experiments import write_corpus
 from tools.launch import __main__ as command
-from tools.launch import gather, plan
+from tools.launch import gather, plan, results
+from tools.launch.executor import hold
 from tools.launch.local import LocalProcesses
 from tools.launch.plan import Exam
 
@@ -54,13 +53,18 @@ class Fake:
         self.study, self.root, self.losses, self.fail = study, root, losses or {}, fail
         self.slots, self.commands, self.codes, self.stopped = slots, [], {}, False
 
-    def start(self, name, argv, log):
-        assert len(self.codes) < self.slots
+    def start(self, tasks):
+        assert len(tasks) + len(self.codes) <= self.slots
+        for task in tasks:
+            self._start(task.name, task.log)
+        return []
+
+    def _start(self, name, log):
         self.commands.append(name)
         log.parent.mkdir(parents=True, exist_ok=True)
         log.write_text("something broke\n" if name in self.fail else "")
         self.codes[name] = int(name in self.fail)
-        outcomes = command.found(self.study, self.root)
+        outcomes = results.found(self.study, self.root)
         job = next(job for job in plan.jobs(self.study, self.root, outcomes) if job.name == name)
         if name in self.fail:
             return
@@ -118,7 +122,7 @@ def test_a_failure_is_told_loses_nothing_else_and_is_tried_again(spec, tmp_path)
     fake = Fake(study, tmp_path, LOSSES, fail=("a/rate2_seed0", "b/rate1_seed0/eval"))
     outcomes = command.run(study, tmp_path, fake, QUIET)
     assert "b/rate1_seed0/eval" in fake.commands, "the best of the rates that ended well"
-    assert "something broke" in outcomes["a/rate2_seed0"].why
+    assert "exit code 1, results are missing: something broke" in outcomes["a/rate2_seed0"].why
     state = json.loads((tmp_path / "sweep.json").read_text())
     assert state["a/rate2_seed0"]["state"] == "failed" and state["a/rate1_seed0"]["seconds"] == 6.0
     notes = json.loads((tmp_path / "study.json").read_text())["notes"]
@@ -219,7 +223,7 @@ def test_a_study_that_cannot_work_is_refused(arms, message):
 
 def test_what_is_misspelt_is_answered_before_anything_runs(spec, tmp_path):
     with pytest.raises(FileNotFoundError, match="no file configs/sweeps/no.py; there are configs/sw"):
-        studies.load("configs/sweeps/no.py")
+        trials.load("configs/sweeps/no.py")
     for arm, message in (
         (Arm("a", spec, {"model.patern": "-"}), "arm a: 'model.patern=.*such as model.pattern"),
         (Arm("a", "configs/no.py"), "arm a: --config=configs/no.py: no file"),
@@ -233,22 +237,10 @@ def test_what_is_misspelt_is_answered_before_anything_runs(spec, tmp_path):
     assert outcomes["b/rate1_seed0"].ok
 
 
-def test_processes_tell_how_they_ended_and_are_stopped(tmp_path):
-    processes = LocalProcesses(2, tmp_path / "lock")
-    processes.start("bad", ("-c", "import sys; print('said'); sys.exit(3)"), tmp_path / "logs/bad.log")
-    processes.start("long", ("-c", "import time; time.sleep(60)"), tmp_path / "logs/long.log")
-    deadline = time.monotonic() + 20
-    while not (codes := processes.ended()) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert codes == {"bad": 3} and "said" in (tmp_path / "logs/bad.log").read_text()
-    process = processes._running["long"]
-    assert os.getpgid(process.pid) == process.pid, "Ctrl-C is for the sweep alone"
-    processes._lock.close()  # as if the sweep had been killed
-    with pytest.raises(ConfigError, match="lock is held: .* a job of one that was killed still runs"):
-        LocalProcesses(1, tmp_path / "lock")
-    processes.stop()
-    LocalProcesses(1, tmp_path / "lock")
-    assert process.returncode == -signal.SIGTERM and processes.ended() == {}
+def test_two_launchers_do_not_share_a_directory(spec, tmp_path):
+    study = study_of(spec)
+    with hold(tmp_path / "lock"), pytest.raises(ConfigError, match="lock is held: another launcher works"):
+        command.run(study, tmp_path, Fake(study, tmp_path), QUIET)
 
 
 @pytest.mark.slow
@@ -276,18 +268,19 @@ def test_a_real_study_in_processes(tmp_path, monkeypatch):
     )
 
     class Mixed(LocalProcesses):
-        def start(self, name, argv, log):
-            if name == "a/rate1_seed0":
-                return super().start(name, argv, log)
-            job = next(job for job in plan.jobs(study, root, command.found(study, root)) if job.name == name)
+        def _start(self, task):
+            if task.name == "a/rate1_seed0":
+                return super()._start(task)
+            known = plan.jobs(study, root, results.found(study, root))
+            job = next(job for job in known if job.name == task.name)
             if isinstance(job, Exam):
-                examine.main(argv[2:])
+                examine.main(task.argv[2:])
             else:
                 train.run(job.config, job.workdir, jax.devices()[:1])
-            super().start(name, ("-c", ""), log)
+            super()._start(dataclasses.replace(task, argv=("-c", "")))
 
     study, root = study_of("", arm), tmp_path / "study"
-    outcomes = command.run(study, root, Mixed(2, tmp_path / "lock"), QUIET)
+    outcomes = command.run(study, root, Mixed(2), QUIET)
     assert [end.why for end in outcomes.values()] == [""] * 3 and len(list(root.glob("pictures/*.png"))) == 1
     (record,) = gather.records(study, root, outcomes)
     again = record.probes[""]["bits_per_byte"]["validation/loss"]
@@ -310,7 +303,7 @@ def test_numbers_in_the_state_are_counted_as_the_paper_does(spec, tmp_path):
 )
 def test_arms_that_are_compared_have_equal_parameters(name, task, tmp_path):
     study, _, preset = name.partition(":")
-    study = studies.load(f"configs/sweeps/{study}.py:{preset}")
+    study = trials.load(f"configs/sweeps/{study}.py:{preset}")
     arms = [arm for arm in study.arms if arm.factors["task"] == task]
     configs = [plan.run_of(study, tmp_path, arm, 1.0, 0, {}).config for arm in arms]
     counts = [gather.size_of(config)[0] for config in configs]

@@ -1,1 +1,1 @@
-"""Runs of a study: what is to be run, where it runs, what became of it."""
+"""Sweeps and studies: what is to be run, where it runs, what became of it."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,27 +14,49 @@ import jax.numpy as jnp
 
 from configs.base import BaseExperiment
 from configs.study import Study
-from eval.report.document import Report
+from configs.trials import ANALYSIS
+from eval.opened import RunError
+from eval.report import of_runs
+from eval.report.document import Report, Section
 from eval.studies.page import report_of
+from eval.studies.trials import ranked
 from eval.studies.types import Record
 from models.functional import parameter_count
 from objectives import model_of
 from runtime import run_record
-from tools.launch import plan
+from tools.launch import plan, results
 from tools.launch.plan import Exam, Outcome, Run
+
+COMPARED = 8  # trials, the best ones
 
 
 def report(study: Study, root: Path, outcomes: Mapping[str, Outcome]) -> Report:
     """The report of what there is."""
     known = list(plan.jobs(study, root, outcomes))
-    notes = [f"{name} failed: {end.why}" for name, end in outcomes.items() if not end.ok]
-    return report_of(
+    there = records(study, root, outcomes)
+    page = report_of(
         study,
-        records(study, root, outcomes),
+        there,
         tried=tried(study, outcomes),
         commands=[plan.command(job) for job in known if job.name in outcomes],
-        notes=notes,
+        notes=results.failures(outcomes),
     )
+    if study.analysis != ANALYSIS or not there:
+        return page
+    sections = comparison(there, study.settings["metric"], largest=study.settings["best"] == "max")
+    return dataclasses.replace(page, sections=[*page.sections[:-1], *sections, page.sections[-1]])
+
+
+def comparison(there: Sequence[Record], metric: str, *, largest: bool) -> list[Section]:
+    """What `eval.report` shows of the best trials: learning curves, times, what differs."""
+    best = ranked(there, metric, largest=largest)[:COMPARED]
+    try:
+        page = of_runs([record.workdir for arm in best for record in arm])
+    except RunError as error:
+        return [Section("Comparison", [], f"The runs cannot be compared: {error}")]
+    first, *others = page.sections
+    lead = f"The best {len(best)} trials. {first.lead}".strip()
+    return [dataclasses.replace(first, lead=lead), *(s for s in others if s.title != "Runs and machines")]
 
 
 def records(study: Study, root: Path, outcomes: Mapping[str, Outcome]) -> list[Record]:

@@ -1,84 +1,65 @@
-"""Where jobs run. Another place (a queue of a cluster) is another class like `LocalProcesses`."""
+"""Jobs as processes of this machine."""
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
+import shlex
 import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
-from typing import Protocol, runtime_checkable
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from configs.base import ConfigError
-
-GRACE = 120.0  # seconds that jobs have to save and leave
-
-
-@runtime_checkable
-class Launcher(Protocol):
-    """Starts jobs and tells how they ended. A job is a name, and the arguments of a python.
-
-    Attributes:
-        slots: how many run at once.
-    """
-
-    slots: int
-
-    def start(self, name: str, argv: tuple[str, ...], log: Path) -> None:
-        """Returns at once; what the job says is appended to ``log``."""
-
-    def ended(self) -> dict[str, int]:
-        """Exit codes of the jobs that have ended since it was last asked."""
-
-    def stop(self) -> None:
-        """Has all jobs save and leave, and waits for them."""
+from tools.launch.executor import GRACE, Left, Task, hold, note_holder
 
 
 class LocalProcesses:
-    """Processes of this machine, in the directory that the sweep was started in.
+    """Processes of this machine, ``slots`` at once, in the directory that the launcher was started in.
 
-    Each leads a process group of its own: Ctrl-C reaches only the sweep, which then stops its jobs itself.
-    They all hold ``lock``, so that jobs which outlive a sweep that was killed are not started a second time.
+    Each leads a process group of its own: Ctrl-C reaches only the launcher, which then stops its jobs itself.
+
+    Args:
+        settings: "devices", such as "0,1": each job sees one of them alone (CUDA_VISIBLE_DEVICES).
 
     Raises:
-        ConfigError: another sweep, or a job of one, holds it.
+        ConfigError: a setting that there is not, or fewer devices than jobs.
     """
 
-    def __init__(self, slots: int, lock: Path):
+    def __init__(self, slots: int, settings: Mapping[str, Any] | None = None):
+        given = dict(settings or {})
         self.slots = slots
+        self._free = [device for device in str(given.pop("devices", "")).split(",") if device]
+        if given:
+            raise ConfigError(f"--set {', '.join(given)}: --executor=local knows devices=0,1,... alone")
+        if 0 < len(self._free) < slots:
+            raise ConfigError(f"--jobs={slots} needs as many devices; --set devices has {len(self._free)}")
         self._running: dict[str, subprocess.Popen[bytes]] = {}
-        lock.parent.mkdir(parents=True, exist_ok=True)
-        self._lock = lock.open("w")
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self._lock.close()
-            raise ConfigError(
-                f"{lock} is held: another sweep works there, or a job of one that was killed still "
-                "runs; wait for it, or stop it"
-            ) from None
+        self._devices: dict[str, str] = {}
+        self._left = Left()
 
-    def start(self, name: str, argv: tuple[str, ...], log: Path) -> None:
-        log.parent.mkdir(parents=True, exist_ok=True)
-        with log.open("ab") as file:
-            self._running[name] = subprocess.Popen(
-                [sys.executable, *argv],
-                stdin=subprocess.DEVNULL,
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-                pass_fds=(self._lock.fileno(),),
-            )
+    def start(self, tasks: Sequence[Task]) -> list[str]:
+        found = []
+        for task in tasks:
+            if self._left.take(task):
+                found.append(task.name)
+            else:
+                self._start(task)
+        return found
 
-    def ended(self) -> dict[str, int]:
-        codes = {name: process.poll() for name, process in self._running.items()}
-        over = {name: code for name, code in codes.items() if code is not None}
+    def ended(self) -> dict[str, int | None]:
+        over: dict[str, int | None] = {}
+        for name, process in self._running.items():
+            code = process.poll()
+            if code is not None:
+                over[name] = code
         for name in over:
             del self._running[name]
-        return over
+            if name in self._devices:
+                self._free.append(self._devices.pop(name))
+        return over | self._left.ended()
 
     def stop(self) -> None:
         for process in self._running.values():
@@ -91,3 +72,32 @@ class LocalProcesses:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
         self._running.clear()
+        self._left.stop()
+
+    def _start(self, task: Task) -> None:
+        environment = dict(os.environ)
+        if self._free:
+            self._devices[task.name] = environment["CUDA_VISIBLE_DEVICES"] = self._free.pop(0)
+        self._running[task.name] = spawn(task, environment)
+
+
+def spawn(task: Task, environment: Mapping[str, str], cwd: str | None = None) -> subprocess.Popen[bytes]:
+    """The process of a task; it holds the task's lock, which must be free."""
+    lock = hold(task.lock)
+    if lock is None:
+        raise ConfigError(f"{task.lock} is held: {task.name} runs already")
+    with lock, task.log.open("ab") as log:
+        log.write(f"$ {shlex.join(['python', *task.argv])}\n".encode())
+        log.flush()
+        process = subprocess.Popen(
+            [sys.executable, *task.argv],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            pass_fds=(lock.fileno(),),
+            env=environment,
+            cwd=cwd,
+        )
+        note_holder(lock, process.pid)
+    return process

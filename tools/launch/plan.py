@@ -24,11 +24,15 @@ class Outcome:
         why: it failed, "" if it did not.
         seconds: that it took, nan where that is not known.
         result: result.json of a training.
+        again: it may end better when it is tried again.
+        failures: of the last sweep's tries.
     """
 
     why: str = ""
     seconds: float = math.nan
     result: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    again: bool = False
+    failures: int = 0
 
     @property
     def ok(self) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,9 @@ from eval.run import is_done
 from runtime import run_record
 from tools.launch.plan import Calibration, Exam, Job, Outcome, Run
 
-SAID = 400  # characters of a log's end that tell why a job failed
+END = 20_000  # bytes of a log's end that are searched for why a job failed
+SAID = 400  # characters of an error that are told
+ERROR = re.compile(r"^[\w.]*(Error|Exception|Interrupt|Exit|Warning|Failure)\b.*")
 
 
 def found(job: Job) -> Outcome | None:
@@ -27,19 +30,36 @@ def found(job: Job) -> Outcome | None:
     return _trained(job) if isinstance(job, Run) else _examined(job)
 
 
-def ended(job: Job, code: int, log: Path, seconds: float) -> Outcome:
-    """How it ended: well if its results are there, whatever its exit code; else with the end of its log."""
+def ended(job: Job, code: int | None, log: Path, seconds: float) -> Outcome:
+    """How it ended: well if its results are there, whatever its exit code; else with the error in its log."""
     there = found(job)
     if there is not None:
         return there
-    text = log.read_text(errors="replace").strip()[-SAID:] if log.exists() else ""
-    return Outcome(f"exit code {code}, results are missing; {log} ends with: {text}", seconds)
+    how = "ended" if code is None else f"exit code {code}" if code >= 0 else f"killed by signal {-code}"
+    return Outcome(f"{how}, results are missing: {error_of(log)} ({log})", seconds, again=True)
+
+
+def error_of(log: Path) -> str:
+    """The last line of the log's last try that names an error, or the last line."""
+    if not log.exists():
+        return "it has no log"
+    with log.open("rb") as file:
+        file.seek(max(log.stat().st_size - END, 0))
+        text = file.read().decode(errors="replace")
+    _, command, said = f"\n{text}".rpartition("\n$ ")
+    lines = [line.strip() for line in said.splitlines()[bool(command) :] if line.strip()]
+    named = [line for line in lines if ERROR.match(line)]
+    return (named or lines or ["it said nothing"])[-1][:SAID]
 
 
 def failures(root: Path) -> dict[str, Outcome]:
     """Those that the last sweep recorded; they may have been mended since."""
     states = _json(root / "sweep.json") or {}
-    return {name: Outcome(state["why"]) for name, state in states.items() if state.get("state") == "failed"}
+    return {
+        name: Outcome(state["why"], failures=state.get("failures", 0))
+        for name, state in states.items()
+        if state.get("state") == "failed"
+    }
 
 
 def step_of(run: Run) -> int:
