@@ -36,6 +36,7 @@ from runtime.freeze import freeze
 from runtime.host import restart_with_tuned_malloc
 from runtime.optimizer import format_table, group_table, make_optimizer, trained_parameters
 from runtime.preemption import Preemption
+from runtime.processes import DistributedError, initialize_distributed, leaving_at_once
 from runtime.progress import Progress
 from runtime.restore import ArchitectureError
 from runtime.schedule import update_plateau
@@ -131,10 +132,10 @@ def run(
         the run early, a signal or the objective's verdict (its state is saved).
 
     Raises:
-        ConfigError, ArchitectureError, CheckpointError, DataError, NonFiniteError: each message names the
-            field, file or step. What was saved before stays.
+        ConfigError, DistributedError, ArchitectureError, CheckpointError, DataError, NonFiniteError: each
+            message names the field, file or step. What was saved before stays.
     """
-    meshes.initialize_distributed(config.distributed)
+    initialize_distributed(config.distributed)
     workdir, clock = epath.Path(workdir), Clock()
     with contextlib.ExitStack() as stack:
         stack.enter_context(jax.default_matmul_precision(config.train.matmul_precision))
@@ -323,10 +324,12 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"unexpected argument {argv[1]!r}; settings are --config.FIELD=VALUE")
     for name in ("absl", "jax"):  # orbax tells every write, jax every backend it does not find
         logging.getLogger(name).setLevel(logging.WARNING)
-    try:
-        run(CONFIG.value, WORKDIR.value)
-    except (ConfigError, ArchitectureError, CheckpointError, DataError, NonFiniteError) as error:
-        sys.exit(f"{type(error).__name__}: {error}")
+    expected = (ConfigError, DistributedError, ArchitectureError, CheckpointError, DataError, NonFiniteError)
+    with leaving_at_once(CONFIG.value.distributed):
+        try:
+            run(CONFIG.value, WORKDIR.value)
+        except expected as error:
+            sys.exit(f"{type(error).__name__}: {error}")
 
 
 def parse_flags(argv: list[str]) -> list[str]:

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from models.config import LMConfig
 from models.lora import LoRAConfig
 from runtime.checkpoint import CheckpointConfig
-from runtime.mesh import DistributedConfig, MeshConfig
+from runtime.mesh import MeshConfig
 from runtime.optimizer import OptimConfig
+from runtime.processes import DistributedConfig
 from runtime.warm_start import InitConfig
 from tasks.lm import LMTaskConfig
 

@@ -57,44 +57,6 @@ class MeshConfig:
     sequence_layout: str = "contiguous"
 
 
-@dataclasses.dataclass
-class DistributedConfig:
-    """How the processes of a run find each other; the defaults mean a single process.
-
-    Attributes:
-        auto: let jax find the cluster (TPU pods, SLURM, Open MPI, Kubernetes).
-        coordinator: otherwise "host:port" of process 0,
-        num_processes, process_id: and who this is.
-    """
-
-    auto: bool = False
-    coordinator: str = ""
-    num_processes: int = 0
-    process_id: int = -1
-
-
-def initialize_distributed(config: DistributedConfig) -> None:
-    """Join the run's processes; call it before anything touches a device. A second call does nothing.
-
-    Raises:
-        ValueError: the fields do not say who this process is.
-    """
-    if jax.distributed.is_initialized() or not (config.auto or config.coordinator or config.num_processes):
-        return
-    # XLA has no collectives between CPU processes of its own; accelerators ignore this.
-    jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    if config.auto:
-        jax.distributed.initialize()
-        return
-    if not config.coordinator or not 0 <= config.process_id < config.num_processes:
-        raise ValueError(
-            f"distributed.coordinator={config.coordinator!r}, num_processes={config.num_processes}, "
-            f"process_id={config.process_id}: expected 'host:port' and 0 <= process_id < num_processes, or "
-            "distributed.auto=True on a cluster that jax recognises."
-        )
-    jax.distributed.initialize(config.coordinator, config.num_processes, config.process_id)
-
-
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """The mesh over ``devices`` (default: all), with Auto axis types.
 

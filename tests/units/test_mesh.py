@@ -12,13 +12,11 @@ from jax.sharding import PartitionSpec as P
 
 from runtime.mesh import (
     RULES,
-    DistributedConfig,
     MeshConfig,
     batch_sharding,
     carry_shardings,
     check_batch,
     describe,
-    initialize_distributed,
     make_mesh,
     mesh_shape,
     param_shardings,
@@ -178,14 +176,6 @@ def test_batch_that_does_not_fit(mesh, batch_size, seq_len, microbatches, messag
         check_batch(mesh, 16, 14, layout="zigzag")
     with pytest.raises(ValueError, match=re.escape(message)):
         check_batch(mesh, batch_size, seq_len, microbatches)
-
-
-def test_distributed_is_off_by_default_and_names_missing_fields():
-    initialize_distributed(DistributedConfig())
-    assert not jax.distributed.is_initialized()
-    for config in (DistributedConfig(num_processes=2, process_id=0), DistributedConfig(coordinator="host:1")):
-        with pytest.raises(ValueError, match=r"distributed\.coordinator="):
-            initialize_distributed(config)
 
 
 @dataclasses.dataclass(frozen=True)
