@@ -32,7 +32,7 @@ from eval.studies.types import Analysis, Finding, Record, judge
 
 METRIC, MARGIN = "validation/accuracy", 0.05
 SIZED = re.compile(r"validation/accuracy_(\d+)_(\d+)$")
-ATTENTION, STATE, HYBRID = "attention", "mamba2", "hybrid"
+ATTENTION, STATE, HYBRID, FIXED = "attention", "mamba2", "hybrid", "s4d"
 
 
 def analyse(records: Sequence[Record], settings: Mapping[str, Any]) -> Analysis:
@@ -42,6 +42,7 @@ def analyse(records: Sequence[Record], settings: Mapping[str, Any]) -> Analysis:
     findings = [
         *(_better(equal, task, ATTENTION, STATE, CLAIMS[task], metric, margin) for task in _known(equal)),
         *(_keeps_up(equal, task, metric, margin) for task in _known(equal)),
+        *(_selects(equal, task, metric, margin) for task in _known(where(equal, architecture=FIXED))),
         *(_grows(swept, task, metric) for task in levels(swept, "task")),
     ]
     sections = []
@@ -61,6 +62,9 @@ CLAIMS = {
     "phonebook": "A pure Mamba-2 finds numbers in a phone book worse than a transformer (arXiv:2406.07887)",
 }
 PUBLISHED_HYBRID = "A hybrid recalls as well as attention alone (arXiv:2406.07887)"
+PUBLISHED_SELECTIVE = (
+    "A state space model that selects what to keep recalls what S4 cannot (arXiv:2312.00752)"
+)
 PUBLISHED_STATE = "Recall grows with the size of the recurrent state (arXiv:2402.18668, arXiv:2405.21060)"
 
 
@@ -92,6 +96,10 @@ def _keeps_up(records: Sequence[Record], task: str, metric: Value, margin: float
         judge(interval, -margin),
         {"task": task, "difference": apart, "interval": interval},
     )
+
+
+def _selects(records: Sequence[Record], task: str, metric: Value, margin: float) -> Finding:
+    return _better(records, task, STATE, FIXED, f"{PUBLISHED_SELECTIVE}, here on {task}", metric, margin)
 
 
 def _grows(records: Sequence[Record], task: str, metric: Value) -> Finding:
