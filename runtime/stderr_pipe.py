@@ -113,7 +113,8 @@ def main() -> None:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     process_id, num_processes, coordinator = sys.argv[1:]
-    relay(sys.stdin.buffer, sys.stderr.buffer, int(process_id), int(num_processes), coordinator)
+    with open(0, "rb") as source, open(2, "wb", closefd=False) as out:
+        relay(source, out, int(process_id), int(num_processes), coordinator)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from runtime.rendezvous import meet, parse_address
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 FATAL = (
     "F1122 20:41:47.279442 4077 client.h:80] Terminating process because the JAX distributed service "
-    "detected fatal errors. This most likely indicates that another task died; see the other task logs. absl::Status: "
+    "detected fatal errors. This most likely indicates that another task died; see the logs. absl::Status: "
 )
 HEARTBEAT = f"""{FATAL}UNAVAILABLE: The following tasks are unhealthy (stopped sending heartbeats):
 3
