@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import importlib.util
 import re
 import string
 from collections.abc import Callable, Sequence
@@ -14,12 +15,6 @@ from collections.abc import Callable, Sequence
 from eval.probes.needles import TOKENS, string_match_all
 
 Score = Callable[[str, str, Sequence[str]], float]
-
-try:  # extra "files"
-    from rapidfuzz import fuzz
-    from rouge import Rouge
-except ImportError:
-    fuzz = Rouge = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +48,8 @@ def _words(text: str) -> list[str]:
 
 def rouge_l(said: str, answer: str, classes: Sequence[str] = ()) -> float:
     """ROUGE-L's F as the package ``rouge`` has it, which the published numbers were made with."""
+    from rouge import Rouge  # extra "files", as rapidfuzz
+
     try:
         return float(Rouge(metrics=["rouge-l"]).get_scores(said, answer)[0]["rouge-l"]["f"])
     except (ValueError, RecursionError):  # nothing was said, or too long a sentence: 0 there as well
@@ -61,6 +58,8 @@ def rouge_l(said: str, answer: str, classes: Sequence[str] = ()) -> float:
 
 def code_similarity(said: str, answer: str, classes: Sequence[str] = ()) -> float:
     """Edit similarity of the first line said that is no comment and no mark-up."""
+    from rapidfuzz import fuzz
+
     lines = said.lstrip("\n").split("\n")
     line = next((x for x in lines if not any(mark in x for mark in ("`", "#", "//"))), "")
     return round(fuzz.ratio(line, answer)) / 100
@@ -100,21 +99,28 @@ def _part(said: str, answers: Sequence[str], classes: Sequence[str]) -> float:
     return max(string_match_all(said, (answer,)) for answer in answers)
 
 
-def _measures(score: Score, first_line: bool = False, **tokens: int) -> dict[str, Measure]:
+def _measures(score: Score, tokens: dict[str, int], first_line: bool = False) -> dict[str, Measure]:
     name, best = score.__name__, _best(score)
     return {dataset: Measure(name, best, new, first_line) for dataset, new in tokens.items()}
 
 
+ANSWERS = {
+    "narrativeqa": 128,
+    "qasper": 128,
+    "multifieldqa_en": 64,
+    "hotpotqa": 32,
+    "2wikimqa": 32,
+    "musique": 32,
+}
 LONGBENCH: dict[str, Measure] = {
-    **_measures(f1, narrativeqa=128, qasper=128, multifieldqa_en=64, hotpotqa=32, musique=32),
-    **_measures(f1, **{"2wikimqa": 32}),
-    **_measures(f1, first_line=True, triviaqa=32),
-    **_measures(rouge_l, gov_report=512, qmsum=512, multi_news=512),
-    **_measures(rouge_l, first_line=True, samsum=128),
-    **_measures(classification, first_line=True, trec=64, lsht=64),
-    **_measures(retrieval, passage_retrieval_en=32, passage_retrieval_zh=32),
-    **_measures(count, passage_count=32),
-    **_measures(code_similarity, lcc=64, **{"repobench-p": 64}),
+    **_measures(f1, ANSWERS),
+    **_measures(f1, {"triviaqa": 32}, first_line=True),
+    **_measures(rouge_l, {"gov_report": 512, "qmsum": 512, "multi_news": 512}),
+    **_measures(rouge_l, {"samsum": 128}, first_line=True),
+    **_measures(classification, {"trec": 64, "lsht": 64}, first_line=True),
+    **_measures(retrieval, {"passage_retrieval_en": 32, "passage_retrieval_zh": 32}),
+    **_measures(count, {"passage_count": 32}),
+    **_measures(code_similarity, {"lcc": 64, "repobench-p": 64}),
 }
 """By data set. Those whose score needs Chinese words are not here."""
 
@@ -127,6 +133,5 @@ RULER: dict[str, Measure] = {
 
 def missing_package(measure: Measure) -> str | None:
     """The package that a score needs and that is not installed."""
-    needed = {"rouge_l": ("rouge", Rouge), "code_similarity": ("rapidfuzz", fuzz)}
-    name, found = needed.get(measure.name, ("", True))
-    return name if found is None else None
+    package = {"rouge_l": "rouge", "code_similarity": "rapidfuzz"}.get(measure.name)
+    return package if package and importlib.util.find_spec(package) is None else None

@@ -102,7 +102,8 @@ def _matching(patterns: Sequence[str]) -> list[Path]:
 
 
 def _read(file: Path, prompts: Mapping[str, str] | None, limit: int | None) -> Asked:
-    questions, names = [], set()
+    questions: list[Question] = []
+    names: set[str] = set()
     for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
         if not line.strip() or (limit is not None and len(questions) >= limit):
             continue

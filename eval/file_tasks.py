@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 from etils import epath
+from jaxtyping import Int
 from rich.console import Console
 from rich.table import Table
 
@@ -63,7 +64,7 @@ class Examinee:
         self.document_start = opens if document_start is None else document_start
         self._generator = Generator(run)
 
-    def prompt(self, text: str, new_tokens: int) -> np.ndarray:
+    def prompt(self, text: str, new_tokens: int) -> Int[np.ndarray, " L"]:
         """Ids of a prompt, its middle left out where there is no room."""
         ids = self._ids.encode(text, separator=self.document_start)
         limit = self.run.config.model.longest
@@ -79,7 +80,7 @@ class Examinee:
         room = _rounded(max(map(len, prompts)) + new)  # few programs are compiled
         for first in range(0, len(order), self.rows):
             some = order[first : first + self.rows]
-            group = [prompts[i] for i in some]
+            group = [prompts[i].tolist() for i in some]
             group += [group[-1]] * (self.rows - len(group))  # one shape for all
             done = self._generator.generate(
                 group, Sampling(temperature=0.0), max_new_tokens=new, max_len=room
@@ -99,8 +100,8 @@ def scored(asked: Asked, said: Sequence[str]) -> dict[str, Any]:
         counted = text.lstrip("\n").split("\n")[0] if measure.first_line else text
         points.append(100 * measure.score(counted, question.answers, question.classes))
     found = {"measure": measure.name, **_mean(points)}
-    lengths = [question.length for question in asked.questions]
-    if None not in lengths:
+    lengths = [question.length for question in asked.questions if question.length is not None]
+    if len(lengths) == len(points):
         buckets = [next(name for end, name in BUCKETS if length < end) for length in lengths]
         found["by_length"] = {
             name: _mean([p for p, bucket in zip(points, buckets) if bucket == name])
