@@ -38,7 +38,7 @@ test: install lint types $(VENV)/.installed-aot
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m aot  # libtpu in processes of its own
 
 test-parity: $(VENV)/.installed-parity
-	$(BIN)/python -m pytest -n $(WORKERS) tests/parity
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal tests/parity
 
 lint: install
 	$(BIN)/ruff format --check .

@@ -98,16 +98,16 @@ NEMOTRON_H = Format(
     ),
     Names(
         top={
-            "model.embeddings.weight": ("embed.table",),
-            "model.norm_f.weight": ("norm.scale",),
+            "backbone.embeddings.weight": ("embed.table",),
+            "backbone.norm_f.weight": ("norm.scale",),
             "lm_head.weight": ("head.kernel",),
         },
         sublayers={
-            symbol: under("model.layers.{}.mixer.", table, norm="model.layers.{}.norm")
+            symbol: under("backbone.layers.{}.mixer.", table, norm="backbone.layers.{}.norm")
             for symbol, table in (("M", MAMBA2), ("*", ATTENTION), ("-", MLP))
         },
         layer=("M*-",),
-        embedding="model.embeddings.weight",
-        renamed={r"^backbone\.": "model."},  # as the files on the hub have it
+        embedding="backbone.embeddings.weight",
+        renamed={r"^model\.": "backbone."},  # in memory transformers has it so
     ),
 )

@@ -32,6 +32,7 @@ from tools.convert.published_files import ConvertError, PublishedFiles
 
 def test_round_trip_of_mixed_dtypes(tmp_path):
     raw, weights, _ = vectors("hf_nemotronh")
+    weights = {n.replace("model.", "backbone.", 1): w for n, w in weights.items()}  # as files have it
     write_checkpoint(tmp_path / "mixed", raw, bfloat16(weights))
     import_checkpoint(tmp_path / "mixed", tmp_path / "run")
     export_run(f"{tmp_path / 'run'}@0", tmp_path / "again")
