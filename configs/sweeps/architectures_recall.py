@@ -31,7 +31,7 @@ def get_study(preset: str = "smoke") -> Study:
     if preset == "smoke":
         arms = _task("mqar", "configs/mqar.py:smoke", 64, few, (1.0,), (0,), (16, 64), {})
     elif preset == "mqar":
-        arms = _task("mqar", "configs/mqar.py:smoke", 64, few, (1.0, 2.0), (0, 1, 2), (16, 64), {})
+        arms = _task("mqar", "configs/mqar.py:smoke", 64, few, (0.3, 1.0), (0, 1, 2), (16, 64), {})
     elif preset == "cpu":
         recipes = {task: f"configs/{task}.py:smoke" for task in ("mqar", "copying", "phonebook")}
         arms = [
