@@ -13,8 +13,12 @@ TOKENS_PER_BATCH = 2**19
 SEQ_LEN = 2048
 
 
-def published(name: str, n_layer: int, d_model: int, lr: float, steps: int) -> Experiment:
+def published(
+    name: str, n_layer: int, d_model: int, lr: float, steps: int, seq_len: int = SEQ_LEN
+) -> Experiment:
     """A published size: d_state 128, headdim 64, one group, GPT-NeoX vocabulary padded to 50288.
+
+    Rows longer than the published 2048 tokens are fewer in a batch, and 2048 tokens are on a device.
 
     The text is yours: point ``task.source`` at token arrays of that tokenizer. ``steps`` is the number of
     updates of 2**19 tokens.
@@ -34,8 +38,8 @@ def published(name: str, n_layer: int, d_model: int, lr: float, steps: int) -> E
             source="data/pile/*.bin",
             token_dtype="uint16",
             vocab_size=50277,
-            seq_len=SEQ_LEN,
-            batch_size=TOKENS_PER_BATCH // SEQ_LEN,
+            seq_len=seq_len,
+            batch_size=TOKENS_PER_BATCH // seq_len,
         ),
         optim=OptimConfig(
             lr=lr,
@@ -45,7 +49,7 @@ def published(name: str, n_layer: int, d_model: int, lr: float, steps: int) -> E
             groups={"embedding": GroupConfig(weight_decay=0.1)},
             schedule=ScheduleConfig(kind="cosine", warmup_fraction=0.01, end_factor=1e-5 / lr),
         ),
-        mesh=MeshConfig(data=1, fsdp=-1),
+        mesh=MeshConfig(data=1, fsdp=-1, sequence=max(seq_len // SEQ_LEN, 1)),
         checkpoint=CheckpointConfig(every=1000, keep_every=10_000),
         train=TrainConfig(steps=steps, eval_every=1000),
     )

@@ -1,6 +1,7 @@
 """The 8B Mamba-2-Hybrid of "An Empirical Study of Mamba-based Language Models" (arXiv:2406.07887): 8.655 B.
 
-Command: ``python train.py --config=configs/mamba2_hybrid_8b.py --config.task.source=TOKENS --workdir=RUN``
+Command: ``python train.py --config=configs/mamba2_hybrid_8b.py[:LENGTH] --config.task.source=TOKENS
+    --workdir=RUN``, LENGTH one of 4096, 8192, 32768, 131072; a batch has as many tokens
 Hardware: a pod slice; not yet run at this size. Published: 3.5 T tokens, sequence length 4096, batch 1024.
 24 Mamba-2, 4 attention (no positions) and 28 MLP sub-layers; 256k SentencePiece vocabulary, untied.
 """
@@ -19,9 +20,20 @@ from tasks.lm import LMTaskConfig
 PATTERN = "M-M-M--M-M*-M-M-M-M--M*-M-M-M-M-M*--M-M-M-M-M*-M--M-M-M-"
 
 
-def get_config() -> Experiment:
+# Devices that share the time of a row, by its length.
+SEQUENCE = {4096: 2, 8192: 4, 32_768: 8, 131_072: 16}
+TOKENS = 1024 * 4096  # of a batch
+
+
+def get_config(seq_len: str = "4096") -> Experiment:
+    """Raises ValueError for a length that has no mesh."""
+    length = int(seq_len)
+    if length not in SEQUENCE:
+        raise ValueError(
+            f"configs/mamba2_hybrid_8b.py:{seq_len}: expected one of {', '.join(map(str, SEQUENCE))}"
+        )
     return Experiment(
-        name="mamba2_hybrid_8b",
+        name=f"mamba2_hybrid_8b:{length}",
         model=LMConfig(
             vocab_size=256_000,
             d_model=4096,
@@ -33,20 +45,22 @@ def get_config() -> Experiment:
             init_std=0.02,
             dtype="bfloat16",
             remat="full",
+            loss_chunks=8,  # of 512 MiB of logits a device; the head's gradient is summed as often
         ),
         task=LMTaskConfig(
             source="data/tokens/*.bin",
             token_dtype="uint32",
             vocab_size=256_000,
-            seq_len=4096,
-            batch_size=1024,
+            seq_len=length,
+            batch_size=TOKENS // length,
         ),
         optim=OptimConfig(
             lr=3e-4,
             weight_decay=0.1,
+            accumulation=4,
             schedule=ScheduleConfig(kind="cosine", warmup_fraction=0.001, end_factor=0.1),
         ),
-        mesh=MeshConfig(data=1, fsdp=-1, tensor=8),
+        mesh=MeshConfig(data=1, fsdp=-1, sequence=SEQUENCE[length]),
         checkpoint=CheckpointConfig(every=1000, keep_every=50_000),
-        train=TrainConfig(steps=3_500_000_000_000 // (1024 * 4096), eval_every=1000),
+        train=TrainConfig(steps=3_500_000_000_000 // TOKENS, eval_every=1000),
     )

@@ -52,7 +52,7 @@ def decode(
     _check(model, prompts, new_tokens, max_len)
     longest = max(len(p) for p in prompts)
     keys = row_keys(sampling.seed, [np.asarray(p, np.int32).tobytes() for p in prompts])
-    programs = _programs(model, dataclasses.replace(sampling, seed=0), min(steps, max(new_tokens - 1, 1)))
+    programs = programs_of(model, dataclasses.replace(sampling, seed=0), min(steps, max(new_tokens - 1, 1)))
     state = programs.empty(params, len(prompts), max_len or longest + new_tokens)
     hidden = None
     whole = model.bind(model.shapes).config.reads_whole
@@ -113,7 +113,7 @@ def _seen(prompts: Sequence[np.ndarray], model: Functional) -> Array:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Programs:
+class Programs:
     """Compiled functions: the empty state, reading a piece of the prompts, the first ids, some steps more."""
 
     empty: Any
@@ -123,7 +123,9 @@ class _Programs:
 
 
 @functools.lru_cache(maxsize=8)
-def _programs(model: Functional, sampling: Sampling, steps: int) -> _Programs:
+def programs_of(model: Functional, sampling: Sampling, steps: int) -> Programs:
+    """Those of a model that go on by ``steps`` tokens a call; ``sampling.seed`` is not read, give 0."""
+
     @functools.partial(jax.jit, static_argnums=(1, 2))
     def empty(params: Params, batch: int, max_len: int) -> Any:
         return model.bind(params).init_state(batch, max_len)
@@ -161,4 +163,4 @@ def _programs(model: Functional, sampling: Sampling, steps: int) -> _Programs:
 
         return jax.lax.scan(one, carry, None, length=steps)
 
-    return _Programs(empty, read, first, go_on)
+    return Programs(empty, read, first, go_on)
