@@ -36,7 +36,8 @@ def start_from(
     plain language model (`objectives.PLUG_INS`) is made from them.
 
     Args:
-        workdir: of the new run; its tokenizer, if it has one, is compared with the source's.
+        workdir: of the new run; its tokenizer, if it has one, is compared with the source's, whose settings
+            (special tokens, chat template) it inherits.
         say: is told in a line how many parameters were loaded.
 
     Raises:
@@ -75,6 +76,8 @@ def start_from(
         params, told = start(params), f"{told} (made from the others)"
     if plain:
         params, told = {**state.params, "base": params}, f"{told}; adapters fresh"
+    if jax.process_index() == 0:
+        bpe.inherit(run, epath.Path(workdir))
     say(f"start from {checkpoint}: {told}")
     extras = dict(state.extras)
     if "ema" in extras:

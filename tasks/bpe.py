@@ -20,6 +20,10 @@ from tasks.tokenizer import ByteTokenizer, Tokenizer
 
 FILE = "tokenizer.json"  # beside the shards of a prepared corpus, and in every run on one
 SETTINGS = "tokenizer_config.json"  # beside a published one; names the token that ends a document
+TOLD = (SETTINGS, "special_tokens_map.json", "chat_template.jinja", "generation_config.json")
+"""What a published tokenizer says beside its ids: special tokens, how a chat is written."""
+OLDER = ("added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model")
+"""The same ids as in tokenizer.json, as other programs read them."""
 SEPARATOR = "<|endoftext|>"
 KNOWN_SEPARATORS = (SEPARATOR, "</s>", "<|end_of_text|>", "<eos>")
 
@@ -98,6 +102,19 @@ class BPETokenizer:
         """A function that is fed ids as they come and gives the text they complete."""
         decoder = DecodeStream(skip_special_tokens=True)
         return lambda ids: "".join(decoder.step(self._inner, int(i)) or "" for i in ids)
+
+
+def inherit(source: epath.Path, target: epath.Path) -> None:
+    """Copy what belongs to the tokenizer of a run to a run that starts from it; what is there stays.
+
+    ``target`` has its tokenizer.json already; where it adds tokens, files that repeat the ids stay behind.
+    """
+    ids, ours = source / FILE, target / FILE
+    if not ids.exists() or not ours.exists():
+        return
+    for name in (*TOLD, *(OLDER if ids.read_bytes() == ours.read_bytes() else ())):
+        if (source / name).exists() and not (target / name).exists():
+            (source / name).copy(target / name)
 
 
 def _end_of_document(directory: epath.Path) -> str | None:

@@ -61,6 +61,7 @@ def merge(
     tokenizer = run.workdir / bpe.FILE
     if tokenizer.exists() and jax.process_index() == 0:
         tokenizer.copy(out / bpe.FILE)
+        bpe.inherit(run.workdir, out)
     run_record.save_config(out, config.to_json())
     return run.step
 

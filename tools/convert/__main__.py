@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 from collections.abc import Sequence
 
 from configs.base import ConfigError
@@ -52,7 +53,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    given = parser().parse_args(argv)
+    given, start = parser().parse_args(argv), time.perf_counter()
     try:
         if given.command == "import":
             made = import_checkpoint(
@@ -83,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         OSError,
     ) as error:
         sys.exit(f"{type(error).__name__}: {error}")
-    print(told)
+    print(f"{told}; {time.perf_counter() - start:.0f} s")
 
 
 if __name__ == "__main__":

@@ -238,6 +238,7 @@ def _bar(total: int) -> Iterator[Advance]:
         bars.BarColumn(),
         bars.DownloadColumn(),
         bars.TransferSpeedColumn(),
+        bars.TimeElapsedColumn(),
         bars.TimeRemainingColumn(),
     )
     console = Console(stderr=True)

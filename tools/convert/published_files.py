@@ -15,17 +15,7 @@ from runtime.tensor_files import TensorFileError, TensorFiles, rank_files, unpic
 from tasks import bpe
 
 CONFIG = "config.json"
-TOKENIZER_FILES = (
-    bpe.FILE,
-    bpe.SETTINGS,
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model",
-    "generation_config.json",
-    "chat_template.jinja",
-)
+TOKENIZER_FILES = (bpe.FILE, *bpe.TOLD, *bpe.OLDER)
 """What comes along where it is there."""
 ROWS = 4096  # of two tensors compared at once
 
