@@ -1,22 +1,22 @@
 """Sweeps: rates, then seeds, then examinations; what ends badly or is interrupted loses nothing else."""
 
 import dataclasses
+import io
 import json
 import math
 
-import jax
 import pytest
 from rich.console import Console
 
-import train
 from configs import trials
 from configs.base import ConfigError
 from configs.study import Arm, Examination, Study
 from eval import run as examine
 from eval.opened import load_config
 from tests.experiments import write_corpus
+from tests.fake_executor import Fake, write_run
 from tools.launch import __main__ as command
-from tools.launch import gather, plan, results
+from tools.launch import gather, plan, status
 from tools.launch.executor import hold
 from tools.launch.local import LocalProcesses
 from tools.launch.plan import Exam
@@ -44,49 +44,6 @@ def study_of(spec, *arms, **more):
         Arm("b", spec, {"model.pattern": "*"}, {"task": "lm", "share": 1}, rate_of="a", examinations=(EXAM,)),
     )
     return Study("small", "Is it?", "hybrid_ratio", arms, **more)
-
-
-class Fake:
-    """Ends each job at once: leaves what a training or a probe leaves, unless its name is to fail."""
-
-    def __init__(self, study, root, losses=None, fail=(), slots=1):
-        self.study, self.root, self.losses, self.fail = study, root, losses or {}, fail
-        self.slots, self.commands, self.codes, self.stopped = slots, [], {}, False
-
-    def start(self, tasks):
-        assert len(tasks) + len(self.codes) <= self.slots
-        for task in tasks:
-            self._start(task.name, task.log)
-        return []
-
-    def _start(self, name, log):
-        self.commands.append(name)
-        log.parent.mkdir(parents=True, exist_ok=True)
-        log.write_text("something broke\n" if name in self.fail else "")
-        self.codes[name] = int(name in self.fail)
-        outcomes = results.found(self.study, self.root)
-        job = next(job for job in plan.jobs(self.study, self.root, outcomes) if job.name == name)
-        if name in self.fail:
-            return
-        if isinstance(job, Exam):
-            (directory := job.out / "2").mkdir(parents=True)
-            settings = {"probe": "bits_per_byte", "config": "tiny", "settings": {}, "seconds": 1.0}
-            (directory / "bits_per_byte.json").write_text(json.dumps(settings | {"numbers": {"answer": 42}}))
-            return
-        job.workdir.mkdir(parents=True)
-        (job.workdir / "config.json").write_text(job.config.to_json())
-        loss = self.losses.get(name, 1.0)
-        result = {"step": 2, "validation/loss": loss, "validation/bits_per_byte": loss / math.log(2)}
-        (job.workdir / "result.json").write_text(json.dumps(result))
-        records = [{"step": step, "seconds/total": 3.0 * step} for step in (1, 2)]
-        (job.workdir / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
-
-    def ended(self):
-        codes, self.codes = self.codes, {}
-        return codes
-
-    def stop(self):
-        self.stopped = True
 
 
 LOSSES = {"a/rate1_seed0": 2.0, "a/rate2_seed0": 1.5, "a/rate4_seed0": math.nan}
@@ -130,6 +87,32 @@ def test_a_failure_is_told_loses_nothing_else_and_is_tried_again(spec, tmp_path)
     mended = Fake(study, tmp_path, LOSSES)
     command.run(study, tmp_path, mended, QUIET)
     assert mended.commands[0] == "a/rate2_seed0" and "b/rate2_seed0/eval" in mended.commands
+
+
+def test_what_fails_is_tried_as_often_as_allowed_and_listed_with_its_error(spec, tmp_path):
+    study = study_of(spec, *(Arm(name, spec, {"model.pattern": "-"}) for name in "abc"))
+    fake = Fake(study, tmp_path, fail=["a/rate1_seed0"] + ["b/rate1_seed0"] * 3)
+    console = Console(file=io.StringIO(), width=200)
+    outcomes = command.run(study, tmp_path, fake, console, retries=2)
+    assert sorted(fake.commands) == [f"{name}/rate1_seed0" for name in "aabbbc"]
+    assert outcomes["a/rate1_seed0"].ok and outcomes["b/rate1_seed0"].failures == 3
+    said = console.file.getvalue()
+    assert "b/rate1_seed0 failed: exit code 1, results are missing: something broke" in said
+    assert said.rstrip().count("tried 3 times") == 1
+    rows = json.loads((tmp_path / "results.json").read_text())
+    assert [(row["trial"], row["state"]) for row in rows] == [("a", "done"), ("c", "done"), ("b", "failed")]
+
+
+def test_the_error_of_a_log_is_that_of_its_last_try(tmp_path):
+    log = tmp_path / "log"
+    first = "$ python train.py\nTraceback ...\nruntime.x.DataError: no file\n"
+    log.write_text(first)
+    assert status.error_of(log) == "runtime.x.DataError: no file"
+    jax_says = "ValueError: bad shape\n--------------------\nFor simplicity, JAX has removed frames.\n"
+    log.write_text(first + "$ python train.py\n" + jax_says)
+    assert status.error_of(log) == "ValueError: bad shape"
+    log.write_text(first + "$ python train.py\n")
+    assert status.error_of(log) == "it said nothing"
 
 
 def test_a_run_with_other_settings_is_refused_not_mixed(spec, tmp_path):
@@ -245,7 +228,7 @@ def test_two_launchers_do_not_share_a_directory(spec, tmp_path):
 
 @pytest.mark.slow
 def test_a_real_study_in_processes(tmp_path, monkeypatch):
-    """Two learning rates trained for two steps, the better examined; one of the three in its own process."""
+    """Two learning rates, the better really trained, in a process of its own, and really examined."""
     monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")
     monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.top_pad=0")  # no second start with tuned malloc
     corpus = write_corpus(tmp_path / "corpus")
@@ -271,12 +254,10 @@ def test_a_real_study_in_processes(tmp_path, monkeypatch):
         def _start(self, task):
             if task.name == "a/rate1_seed0":
                 return super()._start(task)
-            known = plan.jobs(study, root, results.found(study, root))
-            job = next(job for job in known if job.name == task.name)
-            if isinstance(job, Exam):
-                examine.main(task.argv[2:])
+            if task.name == "a/rate0.5_seed0":
+                write_run(root / "runs" / task.name, plan.run_of(study, root, arm, 0.5, 0, {}).config, 9.0)
             else:
-                train.run(job.config, job.workdir, jax.devices()[:1])
+                examine.main(task.argv[2:])
             super()._start(dataclasses.replace(task, argv=("-c", "")))
 
     study, root = study_of("", arm), tmp_path / "study"

@@ -9,7 +9,7 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import IO, Any, Protocol, runtime_checkable
 
@@ -127,7 +127,7 @@ def signal_holder(path: Path, number: signal.Signals) -> None:
             return
 
 
-def wait_for(locks: Any, seconds: float = GRACE) -> None:
+def wait_for(locks: Collection[Path], seconds: float = GRACE) -> None:
     """Until no process holds any of the locks, or the time is over."""
     deadline = time.monotonic() + seconds
     while any(held(lock) for lock in locks) and time.monotonic() < deadline:
