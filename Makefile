@@ -1,6 +1,7 @@
 # All of them work in a fresh clone: they make .venv and install exact versions first.
 #   make quickstart   train the small hybrid on real text, compare it, sample from it
 #   make test         lint, types, the whole test suite
+#   make notebooks    run the notebooks at their default size and keep their outputs (an hour)
 #   make test-parity  published checkpoints against transformers (installs torch)
 PYTHON ?= python3
 VENV ?= .venv
@@ -9,7 +10,7 @@ CONSTRAINTS := constraints/py$(VERSION).txt
 BIN := $(VENV)/bin
 WORKERS ?= 2
 
-.PHONY: install quickstart test test-parity lint types clean
+.PHONY: install quickstart notebooks test test-parity lint types clean
 
 install: $(VENV)/.installed
 
@@ -32,6 +33,9 @@ $(CONSTRAINTS):
 
 quickstart: install
 	$(BIN)/python train.py --config=configs/quickstart.py --workdir=runs/quickstart
+
+notebooks: install
+	$(BIN)/python -m tools.notebooks
 
 test: install lint types $(VENV)/.installed-aot
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not aot"
