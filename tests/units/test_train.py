@@ -1,13 +1,9 @@
 """The training program: interruption, resumption, other meshes, carried state, and what bad input is told."""
 
 import json
-import os
 import pathlib
 import shutil
 import signal
-import subprocess
-import sys
-import time
 
 import jax
 import numpy as np
@@ -15,10 +11,10 @@ import pytest
 
 import train
 from configs import overrides
-from eval.curves import read_records
 from runtime.mesh import MeshConfig
 from runtime.restore import ArchitectureError
 from tests.experiments import tiny, write_corpus
+from tests.several import losses, train_processes
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
@@ -33,11 +29,6 @@ def run(experiment, workdir):
     mesh = experiment.mesh
     size = mesh.data * mesh.fsdp * mesh.tensor * mesh.sequence
     return train.run(experiment, workdir, jax.devices()[:size])
-
-
-def losses(workdir):
-    """Training loss by step, as written."""
-    return {r["step"]: r["train/loss"] for r in read_records(workdir / "metrics.jsonl") if "train/loss" in r}
 
 
 @pytest.fixture(scope="module")
@@ -60,41 +51,26 @@ def test_a_run_leaves_its_record(finished):
     assert sorted(p.name for p in (workdir / "checkpoints").iterdir()) == ["4", "8"]
 
 
-def start(corpus, workdir, *flags):
-    command = [sys.executable, "train.py", f"--config=tests/tiny_config.py:{corpus}", f"--workdir={workdir}"]
-    env = {**os.environ, "XLA_FLAGS": "", "PYTHONPATH": str(ROOT)}
-    log = (workdir.parent / f"{workdir.name}.log").open("a")
-    return subprocess.Popen([*command, *flags], cwd=ROOT, env=env, stdout=log, stderr=subprocess.STDOUT)
-
-
-def wait_for_step(process, workdir, step):
-    while process.poll() is None:
-        try:
-            if max(losses(workdir), default=0) >= step:
-                return
-        except FileNotFoundError:
-            pass
-        time.sleep(0.02)
-    pytest.fail(f"the run ended before step {step}: {(workdir.parent / (workdir.name + '.log')).read_text()}")
-
-
 @pytest.mark.slow
 def test_kill_9_and_sigterm_leave_the_loss_curve_as_it_was(corpus, tmp_path):
-    flags = ("--config.train.steps=300", "--config.checkpoint.every=25")
+    config = f"tests/tiny_config.py:{corpus}"
+    flags = ["--config.train.steps=30", "--config.checkpoint.every=5", "--config.model.pattern=M"]
+    flags += ["--config.train.baselines=False", "--config.train.sample_length=0"]
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    assert start(corpus, whole, *flags).wait() == 0
-    first = start(corpus, broken, *flags)
-    wait_for_step(first, broken, 60)
-    first.send_signal(signal.SIGKILL)
-    first.wait()
+
+    def start(workdir, signal_at=""):
+        return train_processes(1, config, workdir, *flags, signal_at=signal_at)[0]
+
+    status, log = start(whole)
+    assert status == 0, log
+    status, log = start(broken, "0:13:SIGKILL")
+    assert status == -signal.SIGKILL, log
     killed_at = max(losses(broken))
-    second = start(corpus, broken, *flags)
-    wait_for_step(second, broken, killed_at + 1)
-    second.send_signal(signal.SIGTERM)
-    assert second.wait() == 0
-    log = (tmp_path / "broken.log").read_text()
-    assert killed_at < 300 and "resuming" in log and "SIGTERM: saved step" in log
-    assert start(corpus, broken, *flags).wait() == 0
+    assert 10 <= killed_at <= 13
+    status, log = start(broken, "0:21:SIGTERM")
+    assert status == 0 and "resuming" in log and "SIGTERM: saved step 22" in log, log
+    status, log = start(broken)
+    assert status == 0 and "from step 22" in log, log
     assert losses(broken) == losses(whole), "a resumed loss curve must be the same to the bit"
 
 
