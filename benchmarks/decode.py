@@ -98,6 +98,7 @@ class Decoder:
         self.compile_seconds = time.perf_counter() - begin
 
     def call(self) -> jax.Array:
+        """Ids [B] after ``STEPS`` tokens; the cache goes on from where it was."""
         self.carry = self._run(self.params, self.carry)
         return self.carry[0]
 

@@ -50,6 +50,7 @@ class Entry:
     tuned_malloc: bool = False
 
     def load(self) -> type[Peer]:
+        """Its class, imported now."""
         module, name = self.where.split(":")
         return getattr(importlib.import_module(module), name)
 

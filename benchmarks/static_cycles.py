@@ -63,6 +63,7 @@ class KernelCycles:
 
     @property
     def ms(self) -> float:
+        """Cycles over the chip's clock."""
         return self.cycles / CLOCK_HZ[self.chip] * 1e3
 
     @property

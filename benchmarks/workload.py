@@ -38,10 +38,12 @@ class Shape:
 
     @property
     def d_inner(self) -> int:
+        """Channels of a layer."""
         return self.expand * self.d_model
 
     @property
     def heads(self) -> int:
+        """H."""
         return self.d_inner // self.headdim
 
     def config(self) -> LMConfig:

@@ -25,6 +25,7 @@ PRETRAINED, SEQ_LEN = 4096, 32_768
 
 
 def get_config() -> Experiment:
+    """The experiment; its data are to be given (``task.source``)."""
     rope = RopeConfig(scaling="linear", factor=SEQ_LEN / PRETRAINED, original_max_position=PRETRAINED)
     return Experiment(
         name="cca_llama2_7b",

@@ -11,6 +11,7 @@ from runtime.checkpoint import CheckpointConfig
 
 
 def get_config() -> Experiment:
+    """The quickstart's recipe with more layers, context and steps."""
     config = quickstart()
     config.name = "hybrid_stdlib"
     config.model.d_model = 192

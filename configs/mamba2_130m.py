@@ -10,4 +10,5 @@ from configs.mamba2 import TOKENS_PER_BATCH, published
 
 
 def get_config() -> Experiment:
+    """24 layers of width 768."""
     return published("mamba2_130m", n_layer=24, d_model=768, lr=0.003, steps=300 * 10**9 // TOKENS_PER_BATCH)

@@ -10,4 +10,5 @@ from configs.mamba2 import TOKENS_PER_BATCH, published
 
 
 def get_config() -> Experiment:
+    """48 layers of width 2048."""
     return published("mamba2_1_3b", n_layer=48, d_model=2048, lr=0.001, steps=300 * 10**9 // TOKENS_PER_BATCH)

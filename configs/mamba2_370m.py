@@ -10,6 +10,7 @@ from configs.mamba2 import TOKENS_PER_BATCH, published
 
 
 def get_config() -> Experiment:
+    """48 layers of width 1024."""
     return published(
         "mamba2_370m", n_layer=48, d_model=1024, lr=0.0015, steps=300 * 10**9 // TOKENS_PER_BATCH
     )

@@ -10,6 +10,7 @@ from configs.mamba2 import TOKENS_PER_BATCH, published
 
 
 def get_config() -> Experiment:
+    """48 layers of width 1536."""
     return published(
         "mamba2_780m", n_layer=48, d_model=1536, lr=0.00125, steps=300 * 10**9 // TOKENS_PER_BATCH
     )

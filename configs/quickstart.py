@@ -16,6 +16,7 @@ from tasks.lm import LMTaskConfig
 
 
 def get_config() -> Experiment:
+    """The experiment of ``make quickstart``."""
     return Experiment(
         name="quickstart",
         model=LMConfig(

@@ -59,17 +59,21 @@ class RunLM(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
+        """That separates documents."""
         return self._ids.separator_id
 
     @property
     def prefix_token_id(self) -> int:
+        """That opens a document."""
         return self._opening
 
     @property
     def tokenizer_name(self) -> str:
+        """Of the run: what the harness caches requests by."""
         return str(self.run.workdir).replace("/", "__")
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+        """Ids of a text, after the one that opens documents where that is asked for."""
         start = self._document_start if add_special_tokens is None else add_special_tokens
         return self._ids.encode(string, separator=start).tolist()
 

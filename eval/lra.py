@@ -75,6 +75,7 @@ class Row:
 
     @property
     def official(self) -> bool:
+        """Whether every cell is of official data as published."""
         return not any(cell.departures for cell in self.cells.values())
 
     def average(self, tasks: Sequence[str]) -> float | None:

@@ -60,6 +60,7 @@ class BeaconConfig:
 
     @property
     def interleaved(self) -> bool:
+        """Whether beacons stand between the tokens, and not all at the end of a window."""
         return self.variant == "interleaved"
 
     @property

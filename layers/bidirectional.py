@@ -40,6 +40,7 @@ class Bidirectional(nnx.Module):
         return ahead + time_order.reverse(back, layout), None
 
     def flops_per_token(self, length: int) -> float:
+        """Those of both copies."""
         mixer: SequenceMixer = self.forward
         return 2 * mixer.flops_per_token(length)
 

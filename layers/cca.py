@@ -136,6 +136,7 @@ class CoreContextAttention(Attention):
     def mixing(
         self, x: Float[Array, "B L D"], ctx: Context
     ) -> tuple[Float[Array, "B L K E"], Callable[[Array], Array]]:
+        """As of `Attention`: values of whole documents, and the heads' output, a linear function of them."""
         piece = self._piece(x, ctx)
         return piece.v, lambda v: self._one_pass(piece._replace(v=v), ctx)
 

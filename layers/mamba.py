@@ -63,9 +63,11 @@ class MambaConfig:
         return self.d_state + self.ones + self.zeros
 
     def inner(self, d_model: int) -> int:
+        """E, the channels of a layer."""
         return self.expand * d_model if self.d_inner is None else self.d_inner
 
     def rank(self, d_model: int) -> int:
+        """Of the projection to dt."""
         return math.ceil(d_model / 16) if self.dt_rank is None else self.dt_rank
 
 
@@ -117,6 +119,7 @@ class Mamba(nnx.Module):
         self.out = project(d_inner, d_model, ("inner", "embed"), use_bias=bias, init=out_init or init)
 
     def init_state(self, batch: int, max_len: int) -> State:
+        """Zeros: ``conv`` [B, K - 1, E] and ``ssm`` [B, E, N]."""
         c, d_inner = self.config, self.config.inner(self.d_model)
         return {
             "conv": jnp.zeros((batch, c.d_conv - 1, d_inner)),

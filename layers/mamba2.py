@@ -63,6 +63,7 @@ class Mamba2Config:
     implementation: str | None = None
 
     def inner(self, d_model: int) -> int:
+        """H P, the channels of a layer."""
         return self.expand * d_model if self.d_inner is None else self.d_inner
 
 
@@ -135,6 +136,7 @@ class Mamba2(nnx.Module):
         )
 
     def init_state(self, batch: int, max_len: int) -> State:
+        """Zeros: ``conv`` [B, K - 1, C] for x, B and C, and ``ssm`` [B, H, P, N]; more with a window."""
         c, taps = self.config, self.config.d_conv - 1
         widths = {"x": c.inner(self.d_model), "B": c.n_groups * c.d_state, "C": c.n_groups * c.d_state}
         state = {
@@ -256,6 +258,7 @@ class Mamba2(nnx.Module):
         return Form(c.n_groups, (low, high), c.norm_eps, c.norm_before_gate, c.chunk_size)
 
     def flops_per_token(self, length: int) -> float:
+        """Projections, convolution, and the products within a chunk and with the state."""
         c = self.config
         d_inner, bc = c.inner(self.d_model), c.n_groups * c.d_state
         chunk = min(c.chunk_size or 128, length)
@@ -276,6 +279,7 @@ class ConvWeights(nnx.Module):
         self.bias = param(bias, (axis,), "vector") if use_bias else None
 
     def bias_or_none(self) -> Float[Array, " C"] | None:
+        """The bias [C], None for none."""
         return None if self.bias is None else self.bias[...]
 
 

@@ -31,6 +31,7 @@ class MLPConfig:
     use_bias: bool = False
 
     def width(self, d_model: int) -> int:
+        """Of the hidden layer."""
         if self.hidden is not None:
             return self.hidden
         return -(-8 * d_model // (3 * 64)) * 64 if self.activation == "swiglu" else 4 * d_model
@@ -81,5 +82,6 @@ class MLP(nnx.Module):
         return self.down(h), None
 
     def flops_per_token(self, length: int) -> float:
+        """Two products, three with a gate."""
         d_model, hidden = self.features
         return 2.0 * d_model * hidden * (2 if self.gate is None else 3)

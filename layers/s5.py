@@ -120,6 +120,7 @@ class S5(nnx.Module):
         self.gate = dense(init) if config.activation != "gelu" else None
 
     def init_state(self, batch: int, max_len: int) -> State:
+        """Zeros [B, P, 2], real and imaginary parts; a bidirectional layer raises ValueError."""
         self._refuse_state()
         return jnp.zeros((batch, self.config.stored, 2))
 

@@ -149,6 +149,7 @@ class Backbone(nnx.Module):
         self.runs = nnx.List([Run(unit, n, config, rngs=rngs, kinds=kinds) for unit, n in runs])
 
     def init_state(self, batch: int, max_len: int) -> list[list[list[State]]]:
+        """Of each run, of each repeat, of each sub-layer."""
         return [run.init_state(batch, max_len) for run in self.runs]
 
     def __call__(

@@ -47,6 +47,7 @@ class Visit(NamedTuple):
 
     @property
     def name(self) -> str:
+        """Such as "layer 3 (mamba2)"."""
         return layer_name(self.depth, self.kind)
 
 

@@ -56,6 +56,7 @@ class Check:
 
     @property
     def good(self) -> bool:
+        """Whether nothing is wrong with it."""
         return self.status not in BAD and not self.lowers.startswith("no")
 
 

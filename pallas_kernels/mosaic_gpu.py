@@ -84,9 +84,11 @@ class Tile:
     transforms: tuple = ()
 
     def buffers(self):
+        """Shared memory for ``DEPTH`` steps of it."""
         return plgpu.SMEM((DEPTH, *self.shape), self.ref.dtype, transforms=self.transforms)
 
     def at(self, step: Value):
+        """The part of global memory that a step moves."""
         return self.ref.at[self.index(step)]
 
 
@@ -161,6 +163,7 @@ def load_plain(ref, layout) -> Value:
 
 
 def full(shape: tuple[int, ...], value: float, layout) -> Value:
+    """``value`` everywhere, float32, in ``layout``."""
     return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
 
 

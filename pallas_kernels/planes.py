@@ -29,6 +29,7 @@ def each(f: Callable[..., jax.Array], *numbers: Planes) -> Planes:
 
 
 def add(x: Planes, y: Planes) -> Planes:
+    """The sum."""
     return each(jnp.add, x, y)
 
 

@@ -29,18 +29,22 @@ class Ids:
 
     @property
     def begin(self) -> int:
+        """Ends the input; what follows is asked for."""
         return self.first + len(KINDS)
 
     @property
     def end(self) -> int:
+        """Ends the label."""
         return self.begin + 1
 
     @property
     def context(self) -> int:
+        """Stands between the questions of `select` and the text."""
         return self.begin + 2
 
     @property
     def between(self) -> int:
+        """Stands between what goes before and after the span that is asked for."""
         return self.begin + 3
 
     @property
@@ -49,9 +53,11 @@ class Ids:
         return self.begin + 4
 
     def marker(self, kind: str) -> int:
+        """Opens the input of an objective."""
         return self.first + KINDS.index(kind)
 
     def sentinel(self, number: int) -> int:
+        """Stands for a span that is left out."""
         return self.begin + 5 + number
 
     @property

@@ -100,6 +100,7 @@ class ClassificationTask:
 
     @property
     def model_fields(self) -> dict[str, Any]:
+        """What the data fix of the model's config, by field."""
         continuous, pretrain = self.data.vocab_size is None, bool(self.config.pretrain)
         fields = {
             "classes": (self.data.vocab_size or LEVELS) if pretrain else self.data.classes,

@@ -40,6 +40,7 @@ class PlantConfig:
 
     @property
     def document_length(self) -> int:
+        """``length``, or twice the farthest distance and at least 1024."""
         return self.length or max(1024, 2 * max(self.distances, default=0))
 
     def validate(self) -> None:

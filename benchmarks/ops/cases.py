@@ -34,6 +34,8 @@ class Input:
     high: float | None = None
 
     def make(self, rng: np.random.Generator) -> np.ndarray:
+        """Numbers drawn from ``rng``."""
+
         def draw() -> np.ndarray:
             if self.low is None or self.high is None:
                 return rng.standard_normal(self.shape, np.float32)
@@ -59,6 +61,7 @@ class Case:
 
     @property
     def inputs(self) -> dict[str, Input]:
+        """The op's arguments by name."""
         return OPS[self.op].inputs(self.shape, self.dtype)
 
     def arrays(self) -> dict[str, np.ndarray]:
@@ -67,6 +70,7 @@ class Case:
         return {name: given.make(rng) for name, given in self.inputs.items()}
 
     def described(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Their shapes and dtypes alone."""
         return {name: jax.ShapeDtypeStruct(i.shape, jnp.dtype(i.dtype)) for name, i in self.inputs.items()}
 
     def call(self, arrays: Arrays, implementation: str | None) -> Any:

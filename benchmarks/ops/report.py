@@ -60,6 +60,7 @@ def results(plan: Plan, found: Found, machine: Row, peak: Peak | None, evidence:
 
 
 def with_bound(e: Evidence) -> Row:
+    """The record with the least time that the chip allows, and by what."""
     bound = PEAKS[e.chip].bound(Case(e.op, e.shape, e.dtype).work(e.what))
     return dataclasses.asdict(e) | {"bound_ms": 1e3 * bound.seconds, "bound_by": bound.by}
 

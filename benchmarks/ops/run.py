@@ -39,6 +39,7 @@ class Plan:
     peers: bool = True
 
     def cases(self, platform: str) -> list[Case]:
+        """Those chosen, for a platform."""
         chosen = (CPU, CPU_QUICK) if platform == "cpu" else (ACCELERATOR, ACCELERATOR_QUICK)
         return [case for case in chosen[self.quick] if not self.ops or case.op in self.ops]
 

@@ -34,6 +34,7 @@ class Started:
     y: np.ndarray
 
     def differs_from(self, other: Started) -> float:
+        """Largest difference of y over the largest of the other's."""
         return float(np.abs(self.y - other.y).max() / np.abs(other.y).max())
 
 

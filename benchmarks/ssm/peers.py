@@ -35,12 +35,15 @@ class Source:
 
     @property
     def folder(self) -> str:
+        """That it is cloned into."""
         return self.repository.partition("/")[2]
 
     def found(self, sources: pathlib.Path | None) -> bool:
+        """Whether it is there."""
         return sources is not None and (sources / self.folder).is_dir()
 
     def how(self) -> str:
+        """Why it is missing, and the command that gets it."""
         return (
             f"no folder {self.folder} in --sources: git clone https://github.com/{self.repository} there, "
             f"and git checkout {self.commit[:12]}"
@@ -70,6 +73,7 @@ class Entry:
     longest: int | None = None
 
     def load(self) -> type[Peer]:
+        """Its class, imported now."""
         module, name = self.where.split(":")
         return getattr(importlib.import_module(module), name)
 

@@ -70,10 +70,12 @@ class Run:
 
     @property
     def name(self) -> str:
+        """That the config gives it; its directory's where it gives none."""
         return str(self.fields.get("name", epath.Path(self.workdir).name))
 
     @property
     def seed(self) -> Any:
+        """Of the parameters, None for a run that does not say."""
         return self.fields.get("train.seed")
 
     @property
@@ -88,6 +90,7 @@ class Run:
 
     @property
     def finished(self) -> bool:
+        """Whether it had its last step."""
         return self.steps is not None and self.step >= self.steps
 
     @property

@@ -102,6 +102,7 @@ class Tensor:
     least_rows: int
 
     def fits(self, shape: Sequence[int]) -> bool:
+        """Whether a file's tensor of ``shape`` can be this one."""
         rows = shape[0] if shape else 0
         return tuple(shape[1:]) == self.shape[1:] and self.least_rows <= rows <= self.shape[0]
 

@@ -72,6 +72,7 @@ class Names:
         return name
 
     def ignores(self, name: str) -> bool:
+        """Whether a file may hold ``name`` without anyone reading it."""
         return any(fnmatch.fnmatchcase(name, pattern) for pattern in self.ignored)
 
 

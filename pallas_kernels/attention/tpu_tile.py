@@ -131,6 +131,7 @@ class Axis(NamedTuple):
 
     @classmethod
     def along_lanes(cls, rows: Rows, start: Array, size: int) -> Axis:
+        """``size`` of ``rows`` from ``start``, as a row [1, size]."""
         place = start + jax.lax.broadcasted_iota(jnp.int32, (1, size), 1)
         return cls(place, *(None if ref is None else ref[...] for ref in rows))
 

@@ -30,6 +30,8 @@ MAX_TAPS = 16
 
 @dataclasses.dataclass(frozen=True)
 class Config:
+    """What is static in a call."""
+
     activation: str | None
     interpret: Any = None
 
@@ -186,6 +188,7 @@ class Block:
         return *past, x_t
 
     def before_activation(self, window, seen) -> Value:
+        """Bias and weighted taps of a token."""
         total = self.bias
         for k, (w, x) in enumerate(zip(self.weight, window)):
             total = total + w * self.visible(k, seen, x)

@@ -38,10 +38,12 @@ def for_strips(ref, visit) -> None:
 
 
 def times(shape, start):
+    """Time of each lane of a window that has the 128 tokens before ``start`` in front."""
     return jax.lax.broadcasted_iota(jnp.int32, shape, 1) + (start - LANES)
 
 
 def place(window, past, after_first):
+    """``window`` with ``past`` [C, K - 1] in the lanes before its first token."""
     taps_before = past.shape[1]
     for i in range(taps_before):
         window = jnp.where(after_first == i - taps_before, past[:, i : i + 1], window)
@@ -56,6 +58,7 @@ def taps(window, reach, width: int):
 
 
 def before_activation(taps, columns):
+    """Bias and weighted taps [C, L]; ``columns`` [C, K + 1] are the weights, and the bias last."""
     width = len(taps)
     y = columns[:, width : width + 1] + taps[0] * columns[:, width - 1 : width]
     for back in range(1, width):

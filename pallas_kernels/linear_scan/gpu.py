@@ -27,6 +27,8 @@ Parts = tuple[Value, ...]  # of a number: (real,) or (real, imaginary)
 
 @dataclasses.dataclass(frozen=True)
 class Config:
+    """What is static in a call."""
+
     reverse: bool
     tokens: int
     interpret: Any = None

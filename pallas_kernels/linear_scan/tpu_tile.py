@@ -63,4 +63,5 @@ def scan(over: Decays, b: Planes, carry: Planes, walk: Walk) -> Planes:
 
 
 def last_row(tile: Planes, walk: Walk) -> Planes:
+    """[1, D] of the row met last."""
     return planes.each(lambda plane: plane[walk.last], tile)

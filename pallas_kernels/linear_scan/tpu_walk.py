@@ -44,6 +44,7 @@ class Tile(NamedTuple):
 
     @property
     def rows(self):
+        """Of the block."""
         return pl.ds(self.row, SUBLANES)
 
 
@@ -60,10 +61,12 @@ class Plan:
 
     @property
     def time_blocks(self) -> int:
+        """Blocks along time, the last perhaps not full."""
         return pl.cdiv(self.shape[1], self.rows)
 
     @property
     def grid(self) -> tuple[int, int, int]:
+        """Batch, blocks of channels, blocks of time."""
         return self.shape[0], pl.cdiv(self.shape[2], self.width), self.time_blocks
 
     def time(self, step: jax.Array) -> jax.Array:
@@ -71,6 +74,7 @@ class Plan:
         return self.time_blocks - 1 - step if self.walk.backward else step
 
     def tokens(self) -> pl.BlockSpec:
+        """Of [B, L, D]."""
         return pl.BlockSpec((None, self.rows, self.width), lambda b, d, t: (b, self.time(t), d))
 
     def tokens_around(self, after: bool) -> pl.BlockSpec:
@@ -92,6 +96,7 @@ class Plan:
         return pl.BlockSpec((1, self.width), lambda b, d, t: (0, d))
 
     def decays(self) -> pl.BlockSpec:
+        """Of [B, L, D], or of [1, D] where they are the same for every token."""
         return self.channels() if self.constant else self.tokens()
 
     def walk_block(self, body: Callable[[Tile, Planes], Planes], carry: Planes) -> Planes:

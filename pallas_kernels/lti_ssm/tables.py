@@ -36,10 +36,12 @@ class Tables:
 
 
 def to_pairs(state: Complex[Array, "B H N"]) -> Float[Array, "H B S"]:
+    """Real parts of the N states, then imaginary ones: S = 2 N."""
     return pairs(state).swapaxes(0, 1)
 
 
 def from_pairs(state: Float[Array, "H B S"]) -> Complex[Array, "B H N"]:
+    """Back from :func:`to_pairs`."""
     return jax.lax.complex(*jnp.split(state, 2, axis=-1)).swapaxes(0, 1)
 
 

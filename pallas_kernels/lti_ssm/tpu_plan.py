@@ -48,6 +48,7 @@ class Plan:
 
     @property
     def time_blocks(self) -> int:
+        """Blocks of chunks, the last perhaps not full."""
         return pl.cdiv(self.chunks, self.block_chunks)
 
     @property
@@ -104,6 +105,7 @@ class Factors(NamedTuple):
 
     @classmethod
     def of(cls, tiles: int) -> Factors:
+        """For chunks of ``tiles`` tiles of eight tokens."""
         high = 2 * SUBLANES + tiles
         return cls(
             slice(0, SUBLANES),
@@ -114,6 +116,7 @@ class Factors(NamedTuple):
 
     @classmethod
     def count(cls, tiles: int) -> int:
+        """Rows in all."""
         return cls.of(tiles).through.stop
 
 
@@ -149,6 +152,7 @@ def to_rows(plan: Plan, t: jax.Array) -> jax.Array:
 
 
 def from_rows(plan: Plan, t: Float[Array, "H rows Q"], length: int) -> Float[Array, "B L H"]:
+    """Back from the kernels' order of chunks; tokens beyond ``length`` are dropped."""
     t = t.reshape(plan.heads, plan.all_chunks, plan.batch, plan.chunk).transpose(2, 1, 3, 0)
     return t.reshape(plan.batch, -1, plan.heads)[:, :length]
 

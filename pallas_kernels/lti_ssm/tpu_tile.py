@@ -47,19 +47,23 @@ def swap(z: jax.Array) -> jax.Array:
 
 
 def number(z: jax.Array) -> Number:
+    """``z`` [.., S] as a factor of :func:`multiply`."""
     swapped, first = swap(z), _first_half(z)
     return Number(jnp.where(first, z, swapped), jnp.where(first, -swapped, z))
 
 
 def conj(a: Number) -> Number:
+    """Its complex conjugate."""
     return Number(a.re, -a.im)
 
 
 def multiply(z: jax.Array, a: Number) -> jax.Array:
+    """Complex products, state by state."""
     return z * a.re + swap(z) * a.im
 
 
 def conj_lanes(z: jax.Array) -> jax.Array:
+    """The complex conjugates of ``z`` [.., S]."""
     return jnp.where(_first_half(z), z, -z)
 
 
@@ -142,10 +146,12 @@ class Masks(NamedTuple):
 
     @classmethod
     def of(cls, code: jax.Array) -> Masks:
+        """From codes: twice the resets, and in the last bit whether it is remembered."""
         return cls(code >> 1, code & 1 == 1)
 
 
 def only(mask: jax.Array | None, t: jax.Array) -> jax.Array:
+    """``t`` where ``mask``, else 0; all of it without a mask."""
     return t if mask is None else jnp.where(mask, t, 0.0)
 
 

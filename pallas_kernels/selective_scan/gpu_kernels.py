@@ -56,6 +56,7 @@ class Block:
         return tuple(ref[(*place, n, self.channels)] for n in range(ref.shape[-2]))
 
     def write(self, ref, place: tuple, rows: Rows) -> None:
+        """The reverse of :meth:`rows`."""
         for n, row in enumerate(rows):
             ref[(*place, n, self.channels)] = row
 
@@ -91,6 +92,7 @@ def advance(h: Rows, A: Rows, dt, u, keep, B: Sequence) -> Rows:
 
 
 def total(terms) -> Value:
+    """Their sum, without a zero to start from."""
     first, *rest = terms
     for term in rest:
         first = first + term

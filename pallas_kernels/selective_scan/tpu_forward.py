@@ -112,6 +112,7 @@ def spread_inputs(plan: Plan, refs: Refs, tiles) -> None:
 
 
 def spread_scratch(plan: Plan) -> list:
+    """Name and shape of the buffers that :func:`spread_inputs` fills."""
     tokens = plan.sizes.tokens
     scratch = []
     if plan.B_by_token:

@@ -84,10 +84,12 @@ class Plan:
 
     @property
     def time_blocks(self) -> int:
+        """Blocks along time, the last perhaps not full."""
         return pl.cdiv(self.length, self.sizes.tokens)
 
     @property
     def blocks_a_group(self) -> int:
+        """Blocks of channels that share B and C."""
         return self.channels // self.sizes.channels
 
     @property
@@ -177,6 +179,7 @@ class Specs:
 
 
 def tile_rows(tile: jax.Array) -> slice | pl.Slice:
+    """The eight rows of a tile."""
     return pl.ds(pl.multiple_of(tile * SUBLANES, SUBLANES), SUBLANES)
 
 

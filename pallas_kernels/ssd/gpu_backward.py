@@ -136,6 +136,8 @@ def token_gradients(u, dy, B, C, decays: Decays, starts, d_ends, *, interpret=No
 
 
 class Scratch(NamedTuple):
+    """Shared memory of a block."""
+
     weights: Value  # [Q, Q]
     d_scores: Value  # [Q, Q]
     read: Value  # [Q, P] dy_i e^(alpha_i)

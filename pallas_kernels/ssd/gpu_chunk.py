@@ -25,6 +25,7 @@ class Decays(NamedTuple):
     runs: Value = None  # [B, L] resets before, in this chunk; None where there are none
 
     def arrays(self) -> list:
+        """Those there are, in order."""
         return [t for t in self if t is not None]
 
     def tiles(self, row, place: Callable) -> list[Tile]:

@@ -97,12 +97,14 @@ def default_blocks(heads_per_group: int, headdim: int, d_state: int, chunk: int)
 
 
 def largest_divisor(n: int, at_most: int) -> int:
+    """Of ``n``, at most ``at_most`` and at least 1."""
     return next((k for k in range(min(n, at_most), 0, -1) if n % k == 0), 1)
 
 
 def make_plan(
     x: tuple[int, ...], B: tuple[int, ...], operand, packed: bool, chunk_size: int | None, interpret
 ) -> Plan:
+    """From the shapes [B, L, H, P] of x and [B, L, G, N] of B; blocks from the tuning table."""
     batch, length, heads, headdim = x
     groups, d_state = B[2:]
     headdim += -headdim % mosaic.SUBLANES

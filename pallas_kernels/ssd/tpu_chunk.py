@@ -43,6 +43,7 @@ class Plan:
     interpret: mosaic.Interpret = False
 
     def backward(self) -> Plan:
+        """The plan of the backward kernels, which take another number of heads at once."""
         return dataclasses.replace(self, block=self.backward_block)
 
     @property
@@ -52,6 +53,7 @@ class Plan:
 
     @property
     def head_blocks(self) -> int:
+        """Grid steps over the heads."""
         return self.heads // self.block
 
     @property

@@ -42,6 +42,7 @@ class Listing:
 
     @property
     def digest(self) -> str:
+        """SHA-256 of paths and labels."""
         return hashlib.sha256(repr((self.paths, self.labels)).encode()).hexdigest()
 
 

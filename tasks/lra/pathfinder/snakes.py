@@ -48,6 +48,7 @@ class Snake:
     pivot: Int[np.ndarray, "a 2"]
 
     def select(self, which: np.ndarray) -> Snake:
+        """Of the images ``which``."""
         return Snake(self.dash[which], self.pivot[which])
 
 

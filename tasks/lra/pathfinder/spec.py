@@ -70,6 +70,7 @@ class PathfinderSpec:
 
     @property
     def geometry(self) -> Geometry:
+        """Sizes of dashes and margins at this resolution."""
         return GEOMETRY[self.resolution]
 
     @property
@@ -79,6 +80,7 @@ class PathfinderSpec:
 
     @property
     def distractors(self) -> int:
+        """How many an image has."""
         return self.geometry.distractor_dashes // self.distractor_length
 
     @property
