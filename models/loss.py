@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 
 import jax
@@ -10,9 +11,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from layers.types import State
 from models.lm import LM
-from pallas_kernels import time_order
+from pallas_kernels import spmd, time_order
 
-LOGIT_BYTES = 64 * 2**20  # automatic chunks keep one block of float32 logits below this
+LOGIT_BYTES = 64 * 2**20  # automatic chunks keep a device's block of float32 logits below this
 
 
 def token_nll(
@@ -53,7 +54,8 @@ def chunked_cross_entropy(
 
     Args:
         chunks: pieces of L to go through one after another, recomputing logits in the backward pass;
-            0 takes the fewest that divide L and keep a piece of logits below 64 MiB.
+            0 takes the fewest that divide L and keep a device's piece of logits below 64 MiB. On a mesh
+            every piece costs a sum of the head's gradient over the devices.
 
     Raises:
         ValueError: ``chunks`` does not divide L.
@@ -75,9 +77,11 @@ def _in_pieces(
     """``fn(lm, hidden, targets)``, arrays [B, L], of some of the tokens at a time."""
     batch, length, _ = hidden.shape
     if chunks == 0:
-        size = batch * length * lm.config.padded_vocab_size * 4
-        divisors = (n for n in range(1, length + 1) if length % n == 0)
-        chunks = next(n for n in divisors if size // n <= LOGIT_BYTES or n == length)
+        here = length // _parts(spmd.SEQUENCE, length)
+        rows = batch // _parts(spmd.BATCH, batch)
+        columns = lm.config.padded_vocab_size // _parts(spmd.TENSOR, lm.config.padded_vocab_size)
+        divisors = (n for n in range(1, here + 1) if here % n == 0)
+        chunks = next(n for n in divisors if rows * here * columns * 4 // n <= LOGIT_BYTES or n == here)
     if length % chunks:
         raise ValueError(f"model.loss_chunks={chunks} does not divide the sequence length {length}")
     if chunks == 1:
@@ -90,6 +94,15 @@ def _in_pieces(
     body = jax.checkpoint(fn, prevent_cse=False)
     _, pieces = jax.lax.scan(lambda _, piece: (None, body(lm, *piece)), None, (split(hidden), split(targets)))
     return tuple(jnp.moveaxis(a, 0, 2).reshape(batch, length) for a in pieces)
+
+
+def _parts(names: str | tuple[str, ...], size: int) -> int:
+    """Devices that a dimension is split over along mesh axes."""
+    mesh = spmd.active_mesh()
+    axes = None if mesh is None else spmd.axes_dividing(mesh, names, size)
+    if mesh is None or axes is None:
+        return 1
+    return math.prod(mesh.shape[axis] for axis in ((axes,) if isinstance(axes, str) else axes))
 
 
 def _hits(lm: LM, hidden: jax.Array, targets: jax.Array) -> tuple[jax.Array]:

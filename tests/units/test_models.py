@@ -178,6 +178,25 @@ def test_logits_never_exist_whole():
     assert compiled.memory_analysis().temp_size_in_bytes < 6 * 64 * 2**20 < 2 * 2048 * 50_000 * 4
 
 
+def test_pieces_of_the_loss_are_of_what_a_device_has(mesh):
+    """3.3 GB of logits in pieces below 64 MiB; on (fsdp 4, sequence 2) an eighth of them."""
+    config = dataclasses.replace(CONFIG, vocab_size=50_000)
+    model = Functional.create(lambda rngs: LM(config, rngs=rngs))
+    hidden, targets = (
+        jax.ShapeDtypeStruct((8, 2048, 32), jnp.float32),
+        jax.ShapeDtypeStruct((8, 2048), jnp.int32),
+    )
+
+    def pieces():
+        loss = lambda params, *args: chunked_cross_entropy(model.bind(params), *args)[0]  # noqa: E731
+        traced = jax.make_jaxpr(loss)(model.shapes, hidden, targets)
+        return [e.params["length"] for e in traced.jaxpr.eqns if e.primitive.name == "scan"]
+
+    alone = pieces()
+    with jax.set_mesh(mesh(1, 4, 1, 2)):
+        assert (alone, pieces()) == ([64], [8])
+
+
 def test_padding_ids_are_never_likely():
     model, params = build()
     assert CONFIG.padded_vocab_size == 64

@@ -84,11 +84,16 @@ def _suggested(console: Console) -> list[dict[str, Any]]:
         with setup_on(plain, topology.devices[:1]) as setup:
             candidates = suggest.suggest(setup, topology)
         show_candidates(candidates, topology.chip.hbm, console)
-        for candidate in candidates[:BEST]:
+        for candidate in candidates:
             chosen = copy.deepcopy(config)
             suggest.apply(chosen, candidate)
             console.print(f"compiling {candidate.command}")
-            reports.append(check(chosen, topology, ["train"], status.update))
+            try:
+                reports.append(check(chosen, topology, ["train"], status.update))
+            except ConfigError as error:  # what the ranking does not know of, such as groups of CCA
+                console.print(f"left out: {error}", markup=False)
+            if len(reports) == BEST:
+                break
     return reports
 
 
