@@ -16,8 +16,9 @@ from configs.base import ConfigError
 from tools.launch import __main__ as command
 from tools.launch import loop, plan
 from tools.launch.cluster import SubmittedJobs
-from tools.launch.executor import Task, held, hold, needed
+from tools.launch.executor import needed
 from tools.launch.local import LocalProcesses
+from tools.launch.task import Task, held, hold
 from tools.launch.worker import Work
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -93,6 +94,11 @@ def test_work_has_its_job_leave_before_a_cluster_takes_the_machine_away(task, tm
         assert work() == 5
     finally:
         signal.signal(signal.SIGALRM, before)
+
+
+def test_a_worker_of_a_cluster_imports_next_to_nothing():
+    heavy = "import sys, tools.launch.worker; sys.exit('numpy' in sys.modules or 'configs' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", heavy], cwd=ROOT).returncode == 0
 
 
 SBATCH = """#!{python}

@@ -17,9 +17,9 @@ from tests.experiments import write_corpus
 from tests.fake_executor import Fake, write_run
 from tools.launch import __main__ as command
 from tools.launch import gather, plan, status
-from tools.launch.executor import hold
 from tools.launch.local import LocalProcesses
 from tools.launch.plan import Exam
+from tools.launch.task import hold
 
 EXAM = Examination(("bits_per_byte",))
 QUIET = Console(quiet=True)

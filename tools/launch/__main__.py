@@ -36,12 +36,13 @@ from eval.report import save
 from eval.report.pictures import save_pictures
 from tools.launch import gather, plan, results
 from tools.launch.checks import check
-from tools.launch.executor import MANY, Executor, hold
+from tools.launch.executor import MANY, Executor
 from tools.launch.local import LocalProcesses
 from tools.launch.loop import Grow, sweep
 from tools.launch.plan import Outcome
 from tools.launch.search import Search
 from tools.launch.show import Show
+from tools.launch.task import hold
 
 EXECUTORS = ("local", "slurm", "ray")
 

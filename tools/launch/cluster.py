@@ -12,7 +12,8 @@ from etils import epath
 
 from configs.base import ConfigError
 from runtime.run_record import replace_text
-from tools.launch.executor import Left, Task, needed, wait_for
+from tools.launch.executor import Left, needed
+from tools.launch.task import Task, wait_for
 from tools.launch.worker import Work
 
 DAY = 24 * 60

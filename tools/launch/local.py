@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shlex
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from configs.base import ConfigError
-from tools.launch.executor import GRACE, Left, Task, hold, note_holder
+from tools.launch.executor import Left
+from tools.launch.task import GRACE, Task, spawn
 
 
 class LocalProcesses:
@@ -79,25 +78,3 @@ class LocalProcesses:
         if self._free:
             self._devices[task.name] = environment["CUDA_VISIBLE_DEVICES"] = self._free.pop(0)
         self._running[task.name] = spawn(task, environment)
-
-
-def spawn(task: Task, environment: Mapping[str, str], cwd: str | None = None) -> subprocess.Popen[bytes]:
-    """The process of a task; it holds the task's lock, which must be free."""
-    lock = hold(task.lock)
-    if lock is None:
-        raise ConfigError(f"{task.lock} is held: {task.name} runs already")
-    with lock, task.log.open("ab") as log:
-        log.write(f"$ {shlex.join(['python', *task.argv])}\n".encode())
-        log.flush()
-        process = subprocess.Popen(
-            [sys.executable, *task.argv],
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-            pass_fds=(lock.fileno(),),
-            env=environment,
-            cwd=cwd,
-        )
-        note_holder(lock, process.pid)
-    return process

@@ -14,9 +14,10 @@ from configs.study import Study
 from runtime.run_record import replace_text
 from runtime.writers import to_json
 from tools.launch import plan, status
-from tools.launch.executor import Executor, Task
+from tools.launch.executor import Executor
 from tools.launch.plan import Job, Outcome
 from tools.launch.show import Show
+from tools.launch.task import Task
 
 POLL = 1.0  # seconds between looks
 

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from configs.base import ConfigError
-from tools.launch.executor import GRACE, Left, Task, needed, wait_for
+from tools.launch.executor import Left, needed
+from tools.launch.task import GRACE, Task, wait_for
 from tools.launch.worker import Work
 
 

@@ -8,8 +8,7 @@ import subprocess
 import time
 from typing import Any
 
-from tools.launch.executor import GRACE, Task, wait_for
-from tools.launch.local import spawn
+from tools.launch.task import GRACE, Task, spawn, wait_for
 
 POLL = 0.2  # seconds between looks
 
