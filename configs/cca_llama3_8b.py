@@ -3,7 +3,7 @@
 Command: ``python train.py --config=configs/cca_llama3_8b.py --config.task.source=TOKENS
     --config.init_from=RUN --workdir=RUN2`` with RUN a workdir that holds the imported weights (same names as
     with ``model.pattern=(*-)32``).
-Hardware: a pod slice; not yet run at this size, but compiled for TPU v5p:4x4x8 (RESULTS.md, Pod check).
+Hardware: a pod slice; not yet run at this size.
 
 Not a setting of the paper, which has Llama-2-7B at 128K: the shape is that of Llama-3.1-8B, which was trained
 for as many positions, so that the rotations stay as they are. Recipe as in configs/cca_llama2_7b.py.
