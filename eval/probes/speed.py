@@ -133,7 +133,7 @@ class Speed:
 
 def state_bytes(model: Functional, batch: int, length: int) -> int:
     """Bytes that the model carries after ``length`` tokens of ``batch`` rows."""
-    state = jax.eval_shape(lambda: model.bind(model.shapes).init_state(batch, length))
+    state = jax.eval_shape(lambda params: model.bind(params).init_state(batch, length), model.shapes)
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
 
 
