@@ -55,6 +55,7 @@ from eval.opened import load_config, open_run
 from eval.probes import choose
 from eval.probes.speed import state_bytes
 from eval.run import examine
+from objectives import model_of
 
 RUNS = Path("runs/notebooks/long_text", SIZE)
 
@@ -120,7 +121,7 @@ _ = axes.legend(frameon=False)
 # ## What is carried
 
 # %%
-models = {name: open_run(RUNS / name.lower()).model for name in configs}
+models = {name: model_of(config) for name, config in configs.items()}
 lengths = [2**k for k in range(9, 18 if SIZE != "smoke" else 11)]
 kept = {name: [state_bytes(model, 1, length) for length in lengths] for name, model in models.items()}
 figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")

@@ -53,7 +53,7 @@ from eval.probes import choose
 from eval.run import examine
 
 RUNS = Path("runs/notebooks/recall", SIZE)
-MODELS = ("mamba2", "hybrid")
+MODELS = ("mamba2", "hybrid")[SIZE == "smoke" :]
 
 
 # %% [markdown]
@@ -79,6 +79,7 @@ def recall(model):
 
 
 def tiny(config):
+    config.model.pattern = "*"
     config.model.d_model, config.model.mlp.hidden, config.model.attention.head_dim = 16, 16, 16
     config.model.mamba2.d_state, config.model.mamba2.headdim = 8, 16
     config.task.batch_size, config.task.eval_rows, config.train.eval_every = 2, 2, 0
@@ -148,9 +149,7 @@ def book(model):
     return config
 
 
-looked_up = {
-    model: train.run(book(model), RUNS / f"phonebook_{model}") for model in MODELS[SIZE == "smoke" :]
-}
+looked_up = {model: train.run(book(model), RUNS / f"phonebook_{model}") for model in MODELS}
 
 # %%
 names = {f"phonebook_{model}": r for model, r in looked_up.items()}

@@ -59,7 +59,7 @@ from layers.s4 import S4, S4Config
 from layers.types import Context
 
 RUNS = Path("runs/notebooks/s4_dss", SIZE)
-MODELS = ("s4", "dss")
+MODELS = ("s4", "dss")[: 1 if SIZE == "smoke" else 2]
 
 # %% [markdown]
 # ## What the kernels look like before training

@@ -70,6 +70,7 @@ if SIZE != "full":
     config.train.eval_every = config.checkpoint.every = max(config.train.steps // 4, 1)
     config.train.sample_length, config.task.eval_batches = 0, 8
 if SIZE == "smoke":
+    config.model.pattern = "M*"
     config.model.d_model, config.model.mlp.hidden, config.model.mamba2.d_state = 32, 32, 8
     config.model.mamba2.headdim, config.model.attention.num_heads, config.model.attention.num_kv_heads = (
         16,
