@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import optax
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
 from runtime.state import WHOLE, TrainState
@@ -117,7 +117,7 @@ def describe(mesh: Mesh) -> str:
     return f"{mesh.size} {kind} device{plural[0]}, {processes} process{plural[1]}: {sizes}"
 
 
-def param_shardings(mesh: Mesh, axes: PyTree, shapes: PyTree) -> PyTree:
+def param_shardings(mesh: Mesh | AbstractMesh, axes: PyTree, shapes: PyTree) -> PyTree:
     """A ``NamedSharding`` a parameter, from its logical axes through :data:`RULES`.
 
     Args:
@@ -142,7 +142,7 @@ def param_shardings(mesh: Mesh, axes: PyTree, shapes: PyTree) -> PyTree:
     return structure.unflatten([NamedSharding(mesh, spec) for spec in specs])
 
 
-def _problems(mesh: Mesh, names: tuple[str | None, ...], shape: tuple[int, ...]) -> list[str]:
+def _problems(mesh: Mesh | AbstractMesh, names: tuple[str | None, ...], shape: tuple[int, ...]) -> list[str]:
     """What stands against sharding one parameter by its axis names."""
     if len(names) != len(shape):
         return [f"{len(names)} axis names for {len(shape)} dimensions."]
@@ -216,7 +216,7 @@ def carry_shardings(mesh: Mesh, carry: PyTree, carry_axes: PyTree = 0) -> PyTree
 
 
 def check_batch(
-    mesh: Mesh,
+    mesh: Mesh | AbstractMesh,
     batch_size: int,
     seq_len: int,
     microbatches: int = 1,

@@ -120,7 +120,7 @@ def advise(memory: Memory, config: Any, mesh: dict[str, int]) -> list[str]:
     """Settings that make the largest shares smaller, those that cost least first."""
     tips = []
     static = sum(memory.parts.values())
-    if static > memory.temporary and mesh["data"] > 1:
+    if mesh["data"] > 1 and static > memory.total / 4:  # gradients, as large as parameters, are temporary
         tips.append(f"--config.mesh.data=1 --config.mesh.fsdp={mesh['data'] * mesh['fsdp']}")
     remat = getattr(config.model, "remat", None)
     if memory.temporary >= static and remat in ("none", "dots"):
