@@ -41,7 +41,7 @@ if "COLAB_RELEASE_TAG" in os.environ and not os.path.exists("longspan"):
 # "default": minutes on a CPU. "full": the configs as they are, for an accelerator. "smoke": for the tests.
 SIZE = os.environ.get("NOTEBOOK_SIZE", "default")
 # The laws about devices need eight of them; a CPU can pretend, if told before jax starts.
-os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+_ = os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 
 # %%
 import importlib.util
