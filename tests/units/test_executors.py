@@ -6,6 +6,7 @@ import pathlib
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -83,16 +84,21 @@ def test_work_has_its_job_leave_before_a_cluster_takes_the_machine_away(task, tm
     work = Work(polite, str(tmp_path))
 
     def preempt(*_):
-        until(lambda: polite.log.exists() and "up\n" in polite.log.read_text().splitlines(True))
         work._process.send_signal(signal.SIGUSR2)  # as SLURM does, to every process
         again = work.checkpoint()
         assert again.function.task == polite
 
+    def soon():
+        until(lambda: work._process and "up" in polite.log.read_text().split())
+        os.kill(os.getpid(), signal.SIGALRM)
+
     before = signal.signal(signal.SIGALRM, preempt)
-    signal.setitimer(signal.ITIMER_REAL, 0.1)
+    thread = threading.Thread(target=soon)
+    thread.start()
     try:
         assert work() == 5
     finally:
+        thread.join()
         signal.signal(signal.SIGALRM, before)
 
 
@@ -236,10 +242,14 @@ def test_the_same_six_trials_through_submitit(six, tmp_path, monkeypatch):
 
 
 def test_the_same_six_trials_on_ray(six, tmp_path, monkeypatch):
-    pytest.importorskip("ray")
+    ray = pytest.importorskip("ray")
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("RAY_raylet_start_wait_time_s", "300")  # on a busy machine
     root = tmp_path / "sweep"
-    outcomes = command.run(six, root, command.executor_of("ray", 3, root, ["cpus=0.1"]), QUIET)
+    try:
+        outcomes = command.run(six, root, command.executor_of("ray", 3, root, ["cpus=0.1"]), QUIET)
+    finally:
+        ray.shutdown()
     assert [end.why for end in outcomes.values()] == [""] * 6 and states(root) == ["done"] * 6
 
 
