@@ -2,9 +2,9 @@
 
 Command:
     ``python -m tools.launch --sweep=configs/sweeps/architectures_recall.py:cpu --workdir=studies/recall``
-Presets: smoke (MQAR, four architectures and two more sizes of the state, a quarter of an hour on 2 cores), mqar
-    (the same with three seeds and a grid of rates, an hour), cpu (every task and architecture on small sizes,
-    many hours), full (published sizes, a GPU).
+Presets: smoke (MQAR, four architectures and two more sizes of the state, a quarter of an hour on 2 cores),
+    mqar (the same with three seeds and a grid of rates, an hour), cpu (every task and architecture on small
+    sizes, many hours), full (published sizes, a GPU).
 Learning rates: a grid for each architecture and task with the first seed, chosen by validation accuracy; the
     other state sizes of Mamba-2 take the rate of the one that is compared.
 Parameters: equal within 5 % in a task; the width of the MLP evens them out.
