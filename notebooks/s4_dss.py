@@ -77,7 +77,7 @@ for axes, (name, layer) in zip(panels, layers.items()):
 
 # %% [markdown]
 # Each line is what an impulse leaves behind: waves that fade at a rate set by the step size of the
-# feature, so that some remember a few tokens and others hundreds.
+# feature, so that some remember much longer than others.
 #
 # ## One layer, two programs
 #
@@ -134,7 +134,8 @@ for model, found in results.items():
 for name, value in results["s4"].items():
     if name.startswith("reference/"):
         axes.axhline(100 * value, ls=":", lw=1, color="0.4")
-        axes.annotate(name.removeprefix("reference/"), (0, 100 * value), fontsize=7, va="bottom")
+        said = name.removeprefix("reference/")
+        axes.text(0.01, 100 * value, said, fontsize=7, va="bottom", transform=axes.get_yaxis_transform())
 axes.set(xlabel="step", ylabel="validation accuracy, %", title="Digits, 1024 pixels in a row")
 _ = axes.legend(frameon=False)
 

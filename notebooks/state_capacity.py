@@ -43,6 +43,7 @@ if "COLAB_RELEASE_TAG" in os.environ and not os.path.exists("longspan"):
 SIZE = os.environ.get("NOTEBOOK_SIZE", "default")
 
 # %%
+import functools
 import json
 from pathlib import Path
 
@@ -72,6 +73,7 @@ RUNS = Path("runs/notebooks/state_capacity", SIZE)
 
 
 # %%
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def recalled(n_state, pairs, codes=64, rows=16):
     """Share of ``pairs`` that a state of ``n_state`` numbers a channel gives back."""
     book, keys, drawn = (jax.random.key(seed) for seed in range(3))
@@ -80,12 +82,12 @@ def recalled(n_state, pairs, codes=64, rows=16):
     chosen = jax.random.randint(drawn, (rows, pairs), 0, codes)
     _, state = ssd(book[chosen][:, :, None], jnp.ones((rows, pairs, 1)), jnp.zeros(1), keys, keys)
     read = jnp.einsum("bhpn,blhn->blp", state, keys)
-    return float((jnp.argmax(read @ book.T, axis=-1) == chosen).mean())
+    return (jnp.argmax(read @ book.T, axis=-1) == chosen).mean()
 
 
 sizes = {"smoke": (4, 8, 16), "default": (8, 16, 32, 64, 128), "full": (8, 16, 32, 64, 128, 256)}[SIZE]
 many = [2**k for k in range(1, {"smoke": 5, "default": 11, "full": 12}[SIZE])]
-found = {n: [recalled(n, pairs) for pairs in many] for n in sizes}
+found = {n: [float(recalled(n, pairs)) for pairs in many] for n in sizes}
 
 # %%
 figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")

@@ -105,7 +105,8 @@ for side in ("train", "validation"):
 for name, value in results.items():
     if name.startswith("reference/"):
         axes.axhline(value, ls=":", lw=1, color="0.4")
-        axes.annotate(REFERENCES[name.removeprefix("reference/")], (0, value), fontsize=7, va="bottom")
+        said = REFERENCES[name.removeprefix("reference/")]
+        axes.text(0.01, value, said, fontsize=7, va="bottom", transform=axes.get_yaxis_transform())
 axes.set(xlabel="step", ylabel="bits per byte", title=config.name, ylim=(1, 5))
 _ = axes.legend(frameon=False)
 
