@@ -188,7 +188,9 @@ def test_authors_checkpoint(name):
 def test_round_trip_of_weights(file):
     golden = load(file, "float32")
     again = published.weights_from(golden.config, golden.params, golden.format)
-    weights = golden.weights
+    # Some vectors were made from a model in memory, whose names are not those of its files.
+    names = published.FORMATS[golden.format].names
+    weights = {names.rename(name): value for name, value in golden.weights.items()}
     if golden.config.tie_embeddings:  # the file repeats the embedding as the head
         del weights["lm_head.weight"]
     assert set(again) == set(weights)

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from configs import study as studies
+from configs import trials
 from eval.report import save
 from eval.report.document import HeatMap
 from eval.report.heatmaps import draw, shade
@@ -208,17 +208,17 @@ def test_a_hybrid_needs_little_attention():
 )
 def test_every_study_has_its_presets_and_reports_an_empty_directory(name, tmp_path):
     for preset in ("smoke", "cpu", "full"):
-        study = studies.load(f"configs/sweeps/{name}.py:{preset}")
+        study = trials.load(f"configs/sweeps/{name}.py:{preset}")
         assert study.name == f"{name}:{preset}" and study.analysis in ANALYSES
     page = report_of(study, [])
     assert "0 of" in page.notes[0]
     save(page, tmp_path / "study.html")
-    with pytest.raises(ValueError, match=f"{name}.py:tiny: use smoke, cpu or full"):
-        studies.load(f"configs/sweeps/{name}.py:tiny")
+    with pytest.raises(ValueError, match=f"{name}.py:tiny: use smoke, (mqar, )?cpu or full"):
+        trials.load(f"configs/sweeps/{name}.py:tiny")
 
 
 def test_a_report_shows_findings_heat_maps_and_points_and_saves_pictures(tmp_path):
-    study = studies.load("configs/sweeps/architectures_recall.py:smoke")
+    study = trials.load("configs/sweeps/architectures_recall.py:smoke")
     report = report_of(study, recall_records(0.9, 0.4), tried={"mqar_mamba2": {1.0: 0.4, 0.3: None}})
     save(report, tmp_path / "s.html")
     page, data = (tmp_path / "s.html").read_text(), json.loads((tmp_path / "s.json").read_text())
