@@ -1,7 +1,7 @@
 # All of them work in a fresh clone: they make .venv and install exact versions first.
 #   make quickstart   train the small hybrid on real text, compare it, sample from it
 #   make test         lint, types, the whole test suite
-#   make notebooks    run the notebooks at their default size and keep their outputs (an hour)
+#   make notebooks    run the notebooks at their default size and keep their outputs (minutes each)
 #   make test-parity  published checkpoints against transformers (installs torch)
 PYTHON ?= python3
 VENV ?= .venv

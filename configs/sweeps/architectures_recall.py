@@ -2,8 +2,8 @@
 
 Command:
     ``python -m tools.launch --sweep=configs/sweeps/architectures_recall.py:cpu --workdir=studies/recall``
-Presets: smoke (MQAR, four architectures and two more sizes of the state, a quarter of an hour on 2 cores),
-    mqar (the same with three seeds and a grid of rates, an hour), cpu (every task and architecture on small
+Presets: smoke (MQAR, four architectures and two more sizes of the state, minutes a run on 2 cores), mqar
+    (the same with three seeds and a grid of rates), cpu (every task and architecture on small
     sizes, many hours), full (published sizes, a GPU).
 Learning rates: a grid for each architecture and task with the first seed, chosen by validation accuracy; the
     other state sizes of Mamba-2 take the rate of the one that is compared.
@@ -19,8 +19,7 @@ HIDDEN = {
     64: {"attention": 176, "mamba2": 80, "hybrid": 128, "s4d": 152, "s5": 196, "cca": 176, "mamba": 88},
     128: {"attention": 324, "mamba2": 188, "hybrid": 256, "s4d": 344, "s5": 364, "cca": 324, "mamba": 192},
 }
-# Dimensions of the state of the Mamba-2 that is compared with the others, alone and in the hybrid: few enough
-# that the most pairs fill it.
+# Dimensions of the state of the Mamba-2 that is compared with the others, alone and in the hybrid.
 D_STATE = {64: 32, 128: 64}
 METRIC = "validation/accuracy"
 

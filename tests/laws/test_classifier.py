@@ -1,4 +1,6 @@
-"""The loss of a classifier and its gradient are the same on a mesh, batch statistics included."""
+"""The loss of a classifier and its gradient are the same on every mesh, batch statistics included."""
+
+import pytest
 
 from configs.classification import ClassificationExperiment
 from models.config import ClassifierConfig
@@ -30,7 +32,11 @@ def experiment(tmp_path_factory, mesh):
     )
 
 
-def test_loss_is_the_same_on_a_mesh(tmp_path_factory):
-    """Batch, parameters, heads and time split at once; a mesh takes half a minute to compile."""
-    one_device = loss_and_gradient(experiment(tmp_path_factory, MeshConfig(1)))
-    assert_same(loss_and_gradient(experiment(tmp_path_factory, MeshConfig(1, 2, 2, 2))), one_device)
+@pytest.fixture(scope="module")
+def one_device(tmp_path_factory):
+    return loss_and_gradient(experiment(tmp_path_factory, MeshConfig(1)))
+
+
+@pytest.mark.parametrize("shape", [(2, 2, 2, 1), (1, 1, 2, 4)], ids=str)
+def test_loss_is_the_same_on_every_mesh(tmp_path_factory, one_device, shape):
+    assert_same(loss_and_gradient(experiment(tmp_path_factory, MeshConfig(*shape))), one_device)
