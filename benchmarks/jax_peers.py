@@ -15,6 +15,7 @@ from jaxtyping import Float, Int
 
 from benchmarks.peers import DECODE_STEPS
 from benchmarks.workload import Shape, build, published_weights
+from eval.decode import taken_apart
 from models.loss import chunked_cross_entropy
 from runtime.optimizer import OptimConfig, make_optimizer
 from runtime.schedule import ScheduleConfig
@@ -47,20 +48,20 @@ class JaxPeer:
     def decode(self, tokens: Int[np.ndarray, "B L"]) -> Callable[[], Any]:
         """As ``eval.decode`` does it: the steps of one call are one compiled scan."""
 
-        def steps(params: Any, carry: Any) -> Any:
-            step = self._stepper(params)
+        def steps(prepared: Any, carry: Any) -> Any:
+            step = functools.partial(self._step, prepared)
             return jax.lax.scan(lambda c, _: (step(c), c[0]), carry, None, length=DECODE_STEPS)
 
-        run = jax.jit(steps, donate_argnums=1)
-        return self._decoding(tokens, lambda carry: run(self.params, carry)[0])
+        run, prepared = jax.jit(steps, donate_argnums=1), self._prepared()
+        return self._decoding(tokens, lambda carry: run(prepared, carry)[0])
 
     def decode_calls(self, tokens: Int[np.ndarray, "B L"]) -> Callable[[], Any]:
         """One call of a jitted function for each token."""
-        run = jax.jit(self._step, donate_argnums=1)
+        run, prepared = jax.jit(self._step, donate_argnums=1), self._prepared()
 
         def steps(carry: Any) -> Any:
             for _ in range(DECODE_STEPS):
-                carry = run(self.params, carry)
+                carry = run(prepared, carry)
             return carry
 
         return self._decoding(tokens, steps)
@@ -72,13 +73,13 @@ class JaxPeer:
     def _forward(self) -> Callable[..., Any]:
         return jax.jit(lambda params, tokens, state: self.apply(params, tokens, state, True))
 
-    def _stepper(self, params: Any) -> Callable[[Any], Any]:
-        """One step, with what can be done once for many steps done."""
-        return functools.partial(self._step, params)
+    def _prepared(self) -> Any:
+        """Parameters, with what can be done once for many steps done."""
+        return self.params
 
-    def _step(self, params: Any, carry: Any) -> Any:
+    def _step(self, prepared: Any, carry: Any) -> Any:
         token, state = carry
-        logits, state = self.apply(params, token[:, None], state, True)
+        logits, state = self.apply(prepared, token[:, None], state, True)
         return jnp.argmax(logits[:, -1], axis=-1).astype(jnp.int32), state
 
     def _decoding(self, tokens: np.ndarray, steps: Callable[[Any], Any], piece: int = 8192) -> Callable:
@@ -109,16 +110,13 @@ class Longspan(JaxPeer):
         hidden, state, _ = lm(tokens, state)
         return lm.logits(hidden[:, -1:] if last_only else hidden), state
 
-    def _stepper(self, params: Any) -> Callable[[Any], Any]:
+    def _prepared(self) -> Any:
         """As ``eval.decode`` does."""
-        lm = self.model.bind(params)
-        lm.backbone.take_apart()
+        return taken_apart(self.model, self.params)
 
-        def step(carry: Any) -> Any:
-            hidden, state, _ = lm(carry[0][:, None], carry[1])
-            return jnp.argmax(lm.logits(hidden[:, -1]), axis=-1).astype(jnp.int32), state
-
-        return step
+    def _step(self, prepared: Any, carry: Any) -> Any:
+        hidden, state, _ = prepared(carry[0][:, None], carry[1])
+        return jnp.argmax(prepared.logits(hidden[:, -1]), axis=-1).astype(jnp.int32), state
 
     def empty_state(self) -> Any:
         return self.model.bind(self.params).init_state(self.shape.batch, 1)

@@ -62,8 +62,9 @@ def decode(
     carry = programs.first(params, keys, hidden, state, seen)
     yield np.asarray(carry[0])[:, None]
     left = new_tokens - 1
+    apart = taken_apart(model, params) if left else None
     while left > 0:
-        carry, tokens = programs.go_on(params, keys, carry)
+        carry, tokens = programs.go_on(apart, keys, carry)
         yield np.asarray(tokens).T[:, :left]
         left -= tokens.shape[0]
 
@@ -112,9 +113,18 @@ def _seen(prompts: Sequence[np.ndarray], model: Functional) -> Array:
     return jnp.asarray(seen)
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def taken_apart(model: Functional, params: Params) -> Any:
+    """The model, ready for many steps: weights that lie stacked are copied once, and not by each call."""
+    lm = model.bind(params)
+    lm.backbone.take_apart()
+    return lm
+
+
 @dataclasses.dataclass(frozen=True)
 class Programs:
-    """Compiled functions: the empty state, reading a piece of the prompts, the first ids, some steps more."""
+    """Compiled functions: the empty state, reading a piece of the prompts, the first ids; of a model that was
+    :func:`taken_apart`, some steps more."""
 
     empty: Any
     read: Any
@@ -151,10 +161,7 @@ def programs_of(model: Functional, sampling: Sampling, steps: int) -> Programs:
         return token, state, seen, step + 1
 
     @functools.partial(jax.jit, donate_argnums=2)
-    def go_on(params: Params, keys: Array, carry: Carry) -> tuple[Carry, Array]:
-        lm = model.bind(params)
-        lm.backbone.take_apart()
-
+    def go_on(lm: Any, keys: Array, carry: Carry) -> tuple[Carry, Array]:
         def one(carry: Carry, _: None) -> tuple[Carry, Array]:
             token, state, seen, step = carry
             hidden, state, _ = lm(token[:, None], state)

@@ -159,6 +159,7 @@ def _programs(model: Functional, new_tokens: int) -> _Programs:
     def go_on(params: Any, state: Any, hidden: Array) -> Array:
         """The ``new_tokens`` most likely tokens, one after another, [B, T]."""
         lm = model.bind(params)
+        lm.backbone.take_apart()
 
         def one(carry: tuple[Any, Array], _: None) -> tuple[tuple[Any, Array], Array]:
             state, hidden = carry

@@ -4,6 +4,7 @@
   in much longer rows its loss never exceeds twice its maximum inside the training length.
 * T_recall(N_S): the longest context at which it finds a passkey with more than 95 % accuracy, the best over
   training lengths.
+* Whether the share of passkeys that it finds ranks with N_S at all, which also small models answer.
 
 Factors: "measures" ("forget" or "recall"), "d_state", and "length" of training. The runs of "forget" are
 examined by the probe state_collapse, those of "recall" by passkey. N_S is in thousands, T in tokens.
@@ -42,7 +43,7 @@ def analyse(records: Sequence[Record], settings: Mapping[str, Any]) -> Analysis:
         charts = _charts("Training length that it takes to learn to forget", "T_forget", lines, found_line)
         sections.append(Section("Forgetting", [*charts, forgets_map(forget), growth_map(forget)]))
     if recall:
-        findings.append(_exponential(curves, found_curve, straight))
+        findings += [_ranks(recall), _exponential(curves, found_curve, straight)]
         charts = _charts("Longest context with a passkey found", "T_recall", curves, found_curve)
         maps = [accuracy_map(recall, what) for what in ("exact_match", "per_digit")]
         sections.append(Section("Recall", [*charts, *(drawn for drawn in maps if drawn.x)]))
@@ -90,6 +91,23 @@ def recall_points(records: Sequence[Record]) -> Points:
     return sorted(points)
 
 
+def found_points(records: Sequence[Record]) -> Points:
+    """(N_S, share of passkeys found) of each state size and seed, the mean over contexts.
+
+    At a context the best over training lengths counts; a context that not every point has is left out.
+    """
+    best: dict[tuple[float, int], dict[int, float]] = {}
+    for record in records:
+        mine = best.setdefault((record.state_scalars / 1e3, record.seed), {})
+        for at, value in accuracy_by_length(record).items():
+            mine[at] = max(value, mine.get(at, 0.0))
+    measured = {key: found for key, found in best.items() if found}
+    shared = set.intersection(*map(set, measured.values())) if measured else set()
+    if not shared:
+        return []
+    return sorted((n, sum(found[at] for at in shared) / len(shared)) for (n, _), found in measured.items())
+
+
 def _fit(law: Any, points: Points, parameters: int) -> fits.Fit | None:
     """None where there are too few different sizes."""
     if len({x for x, _ in points}) < parameters:
@@ -120,6 +138,19 @@ def _linear(points: Points, fit: fits.Fit | None, censored: str) -> Finding:
     said = f"{_spelt(fit)}{beside}"
     verdict = judge(fit.intervals["a"], clear=fit.r2 > GOOD_FIT)
     return Finding(claim, criterion, said, verdict, _numbers(fit, points))
+
+
+def _ranks(records: Sequence[Record]) -> Finding:
+    claim = f"the larger the recurrent state, the more passkeys are found ({PAPER})"
+    criterion = "Spearman's rank correlation of passkeys found with N_S: its 95 % interval above 0"
+    points = found_points(records)
+    if len({x for x, _ in points}) < 3:
+        return Finding(claim, criterion, "fewer than 3 sizes", "not measured", {"points": points})
+    found = fits.spearman(*zip(*points))
+    low, high = found.interval
+    said = f"{found.value:.2f} ({low:.2f} to {high:.2f}) over {words.plural(found.points, 'run')}"
+    numbers = {"correlation": found.value, "interval": found.interval, "points": points}
+    return Finding(claim, criterion, said, judge(found.interval), numbers)
 
 
 def _exponential(points: Points, fit: fits.Fit | None, straight: fits.Fit | None) -> Finding:

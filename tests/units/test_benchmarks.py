@@ -75,8 +75,8 @@ def test_state_carries_over_pieces_in_decoding():
     """Decoding after a context fed in pieces goes on as greedy choice over one pass does."""
     peer = peers.PEERS["longspan"].load()(SHAPE)
     context = workload.random_tokens(SHAPE, 20)
-    taken = []
-    call = peer._decoding(context, lambda c: taken.append(np.asarray(c[0])) or peer._step(peer.params, c), 8)
+    taken, prepared = [], peer._prepared()
+    call = peer._decoding(context, lambda c: taken.append(np.asarray(c[0])) or peer._step(prepared, c), 8)
     for _ in range(3):
         call()
     sequence = np.concatenate([context, np.stack(taken, axis=1)], axis=1)

@@ -95,8 +95,9 @@ def capacity_records(t_forget, t_recall):
             factors = {"measures": "forget", "d_state": d_state, "length": length}
             found.append(record(factors, state=state, probes=probes))
         reach = t_recall(state / 1e3)
-        reached = {f"{at}x": at for at in (reach, 2 * reach)}
-        passkey = {"lengths": reached, "stuffed_mamba_exact_match": dict(zip(reached, (0.97, 0.5)))}
+        reached = {f"{at}x": at for at in (reach, 2 * reach, 9999)}
+        exact = dict(zip(reached, (0.97, 0.5, state / 20_000)))
+        passkey = {"lengths": reached, "stuffed_mamba_exact_match": exact}
         factors = {"measures": "recall", "d_state": d_state, "length": 512}
         found.append(record(factors, state=state, probes={"": {"passkey": passkey}}))
     return found
@@ -106,7 +107,7 @@ def test_state_capacity_fits_its_two_laws():
     analysis = ANALYSES["state_capacity"](
         capacity_records(lambda n: 64 * n + 1, lambda n: 100 * (1.4**n - 1) + 64), {}
     )
-    forget, recall = analysis.findings
+    forget, ranks, recall = analysis.findings
     # From the second size on: the first forgets at 128, the last at none of the lengths.
     assert list(forget.numbers["points"]) == [(1, 128), (2, 256), (4, 512), (8, 1024)]
     assert forget.verdict == "reproduced" and forget.numbers["parameters"]["a"] == pytest.approx(126, rel=0.1)
@@ -114,6 +115,9 @@ def test_state_capacity_fits_its_two_laws():
     assert recall.verdict == "reproduced" and recall.numbers["parameters"]["c"] == pytest.approx(
         1.4, rel=1e-3
     )
+    # Of the one context that every size was asked at.
+    assert [y for _, y in ranks.numbers["points"]] == [0.05, 0.1, 0.2, 0.4, 0.8]
+    assert ranks.verdict == "reproduced" and ranks.numbers["correlation"] == pytest.approx(1)
     assert recall.numbers["r2"] > recall.numbers["r2_of_a_line"]
     scatter, curve = analysis.sections[1].blocks[0].series
     assert (
@@ -130,7 +134,7 @@ def test_state_capacity_fits_its_two_laws():
 
 def test_models_that_all_forget_measure_no_law():
     analysis = ANALYSES["state_capacity"](capacity_records(lambda n: 1, lambda n: 100), {})
-    forget, recall = analysis.findings
+    forget, _, recall = analysis.findings
     assert forget.verdict == "not measured" and "5 sizes already at the shortest length" in forget.found
     assert recall.verdict != "reproduced", "the same context whatever the state"
 

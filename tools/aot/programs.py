@@ -17,7 +17,7 @@ import numpy as np
 
 import train
 from configs.base import BaseExperiment
-from eval.decode import PIECE, programs_of
+from eval.decode import PIECE, programs_of, taken_apart
 from eval.sampling import Sampling
 from pallas_kernels import tuning
 from runtime import mesh as meshes
@@ -171,11 +171,16 @@ def _generation(setup: train.Setup, name: str, rows: int | None, context: int | 
     if name == "prefill":
         ids = jax.ShapeDtypeStruct((rows, min(PIECE, context)), np.int32, sharding=by_row)
         return Described(name, functions.read, (params, ids, ids, state, None), parts)
+
+    def one_more(params: Any, keys: Any, carry: Any) -> Any:
+        return functions.go_on(taken_apart(model, params), keys, carry)
+
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), rows))
     keys = jax.ShapeDtypeStruct(keys.shape, keys.dtype, sharding=by_row)
     token = jax.ShapeDtypeStruct((rows,), np.int32, sharding=by_row)
     step = jax.ShapeDtypeStruct((), np.int32, sharding=whole)
-    return Described(name, functions.go_on, (params, keys, (token, state, None, step)), parts)
+    arguments = params, keys, (token, state, None, step)
+    return Described(name, jax.jit(one_more, donate_argnums=2), arguments, parts)
 
 
 def device_bytes(tree: Any) -> int:
