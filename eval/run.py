@@ -152,10 +152,9 @@ def _run(probe: Probe, opened: OpenRun, say: Say) -> tuple[Record, dict[str, byt
     try:
         with jax.set_mesh(opened.mesh), jax.default_matmul_precision(precision):
             result = probe.run(opened, lambda text: say(f"{probe.name}: {text}"))
-        record |= {
-            "numbers": _plain(result.numbers),
-            "curves": {name: _plain(dataclasses.asdict(curve)) for name, curve in result.curves.items()},
-        }
+        record |= {"numbers": _plain(result.numbers)}
+        for kind, drawn in (("curves", result.curves), ("grids", result.grids)):
+            record[kind] = {name: _plain(dataclasses.asdict(one)) for name, one in drawn.items()}
         if result.arrays:
             np.savez_compressed(arrays, **result.arrays)  # type: ignore[arg-type]  # one is a name of its own
         if figure := probe.plot(result):

@@ -13,7 +13,7 @@ from matplotlib.image import AxesImage
 
 from eval.opened import OpenRun
 from eval.probes.answers import lengths_of, noise_of, read, tokenizer_of
-from eval.probes.types import Curve, NotApplicable, ProbeResult, Say
+from eval.probes.types import Curve, Grid, NotApplicable, ProbeResult, Say
 from tasks.haystack.config import NOISES
 from tasks.haystack.passkey import GENERATORS, chance
 from tasks.haystack.types import Request, Sample, TooShort
@@ -101,28 +101,25 @@ class Passkey:
             "prompts": len(samples),
             **self._numbers(cells, distance, lengths, opened.config.task.seq_len),
         }
-        return ProbeResult(numbers, self._curves(numbers))
+        return ProbeResult(numbers, self._curves(numbers), _grids(numbers))
 
     def plot(self, result: ProbeResult) -> Figure:
         """Heat maps: a row for each style."""
-        grids, lengths = result.numbers["grids"], result.numbers["lengths"]
-        size = (4.2 * len(MEASURES), 0.9 + 2.6 * len(grids))
+        rows = len(result.grids) // len(MEASURES)
+        size = (4.2 * len(MEASURES), 0.9 + 2.6 * rows)
         figure = Figure(figsize=size, dpi=130, layout="constrained")
-        panels = figure.subplots(len(grids), len(MEASURES), squeeze=False)
-        for row, (style, grid) in zip(panels, grids.items()):
-            for axes, (measure, label) in zip(row, MEASURES.items()):
-                values = np.array(grid[measure], float).T
-                nats = measure == "key_nats"
-                worst = max(chance(style)["nats"], values.max()) if nats else 1.0
-                colours = "viridis_r" if nats else "viridis"
-                image = axes.imshow(values, vmin=0, vmax=worst, cmap=colours, aspect="auto")
-                if values.size <= LEGIBLE:
-                    _write(axes, values, image)
-                else:
-                    figure.colorbar(image, ax=axes)
-                axes.set_xticks(range(len(grid["lengths"])), [str(lengths[n]) for n in grid["lengths"]])
-                axes.set_yticks(range(len(grid["depths"])), [f"{100 * d:.0f} %" for d in grid["depths"]])
-                axes.set(xlabel="prompt length (tokens)", ylabel="depth", title=f"{style}: {label}")
+        panels = figure.subplots(rows, len(MEASURES), squeeze=False)
+        for axes, (title, grid) in zip(panels.flat, result.grids.items()):
+            values = np.asarray(grid.values)
+            colours = "viridis_r" if MEASURES["key_nats"] in title else "viridis"
+            image = axes.imshow(values, vmin=grid.low, vmax=grid.high, cmap=colours, aspect="auto")
+            if values.size <= LEGIBLE:
+                _write(axes, values, image)
+            else:
+                figure.colorbar(image, ax=axes)
+            axes.set_xticks(range(len(grid.x)), grid.x)
+            axes.set_yticks(range(len(grid.y)), grid.y)
+            axes.set(xlabel=grid.xlabel, ylabel=grid.ylabel, title=title)
         figure.suptitle(f"Passkey (trained at {result.numbers['training_length']} tokens)", fontsize=10)
         return figure
 
@@ -176,6 +173,19 @@ class Passkey:
                     x, list(values.values()), "prompt length", "nats" if measure == "key_nats" else "share"
                 )
         return curves
+
+
+def _grids(numbers: Mapping[str, Any]) -> dict[str, Grid]:
+    """Heat maps of length and depth: for each style all measures."""
+    grids = {}
+    for style, found in numbers["grids"].items():
+        x = [str(numbers["lengths"][name]) for name in found["lengths"]]
+        y = [f"{100 * depth:.0f} %" for depth in found["depths"]]
+        for measure, label in MEASURES.items():
+            values = np.array(found[measure], float).T
+            worst = max(chance(style)["nats"], values.max()) if measure == "key_nats" else 1.0
+            grids[f"{style}: {label}"] = Grid(x, y, values, "prompt length (tokens)", "depth", high=worst)
+    return grids
 
 
 def _write(axes: Axes, values: np.ndarray, image: AxesImage) -> None:

@@ -34,6 +34,22 @@ class Curve:
 
 
 @dataclasses.dataclass(frozen=True)
+class Grid:
+    """A heat map: ``values`` [row][column], with the names of columns ``x`` and, from the top, of rows ``y``.
+
+    ``low`` and ``high`` are the ends of the shades.
+    """
+
+    x: Sequence[str]
+    y: Sequence[str]
+    values: np.ndarray | Sequence[Sequence[float]]
+    xlabel: str
+    ylabel: str
+    low: float = 0.0
+    high: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
 class ProbeResult:
     """What a probe found.
 
@@ -41,11 +57,13 @@ class ProbeResult:
         numbers: all of it, as what JSON can hold (numpy arrays and scalars too). Scalars, and flat dicts of
             scalars such as ``{"1x": 2.3, "2x": 2.2}``, are shown in the summary table.
         curves: by the name in the legend.
+        grids: by title.
         arrays: what is too long for JSON, kept as NAME.npz beside it.
     """
 
     numbers: dict[str, Any]
     curves: dict[str, Curve] = dataclasses.field(default_factory=dict)
+    grids: dict[str, Grid] = dataclasses.field(default_factory=dict)
     arrays: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
 

@@ -34,6 +34,7 @@ class Probe:
     step: int
     numbers: Mapping[str, Any]
     curves: Mapping[str, Mapping[str, Any]]
+    grids: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
     failure: str = ""
 
 
@@ -273,11 +274,13 @@ def _probes(root: epath.Path, notes: list[str]) -> dict[str, Probe]:
             value = _object(path, notes)
             if not value:
                 continue
-            numbers, curves = value.get("numbers") or {}, value.get("curves") or {}
+            numbers, curves, grids = (value.get(kind) or {} for kind in ("numbers", "curves", "grids"))
             failure = next((str(value[k]) for k in ("error", "not_applicable") if value.get(k)), "")
-            shapes = [numbers, curves, *(curves.values() if isinstance(curves, dict) else ())]
-            if not all(isinstance(part, dict) for part in shapes):
-                notes.append(f'{path}: "numbers", "curves" and each curve should be objects; left out')
+            drawn = [of for kind in (curves, grids) if isinstance(kind, dict) for of in kind.values()]
+            if not all(isinstance(part, dict) for part in (numbers, curves, grids, *drawn)):
+                notes.append(
+                    f'{path}: "numbers", "curves", "grids" and what they draw should be objects; left out'
+                )
                 continue
-            newest[path.stem] = Probe(path.stem, int(directory.name), numbers, curves, failure)
+            newest[path.stem] = Probe(path.stem, int(directory.name), numbers, curves, grids, failure)
     return newest

@@ -1,13 +1,15 @@
-"""Whatever the probes of runs left: their curves, one chart for each pair of axes, and their numbers."""
+"""Whatever the probes of runs left: curves, one chart for each pair of axes; heat maps; and numbers."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from eval.report import words
-from eval.report.document import Chart, Section, Series, Table
+from eval.report.document import Chart, HeatMap, Section, Series, Table
 from eval.report.gather import Probe, number
 from eval.report.groups import Group, Statistic, curve_series
 
@@ -40,7 +42,11 @@ def _section(groups: Sequence[Group], name: str) -> Section:
     ]
     said += dict.fromkeys(f"{label}: no result, {why}." for label, why in failures)
     having = [group for group in groups if any(not probe.failure for probe in results[group.label])]
-    blocks: list[Chart | Table] = [*_charts(having, name), *_tables(having, name)]
+    blocks: list[Chart | HeatMap | Table] = [
+        *_charts(having, name),
+        *_heatmaps(having, name),
+        *_tables(having, name),
+    ]
     return Section(f"Probe: {name.replace('_', ' ')}", blocks, " ".join(said))
 
 
@@ -96,6 +102,35 @@ def _curves(probe: Probe) -> dict[str, Curve]:
                 [number(v) for v in x], [number(v) for v in y], axes, [number(v) for v in error]
             )
     return found
+
+
+def _heatmaps(groups: Sequence[Group], name: str) -> list[HeatMap]:
+    """Of each architecture its own; the mean over seeds where they have the same columns and rows."""
+    drawn = []
+    for group in groups:
+        found: dict[str, list[HeatMap]] = {}
+        for probe in _results(group, name):
+            for title, grid in probe.grids.items():
+                if heatmap := _heatmap(title if len(groups) == 1 else f"{group.label}, {title}", grid):
+                    found.setdefault(heatmap.title, []).append(heatmap)
+        for first, *others in found.values():
+            alike = [first, *(o for o in others if (o.x, o.y) == (first.x, first.y))]
+            mean = np.mean([heatmap.values for heatmap in alike], axis=0).tolist()
+            high = max(heatmap.high for heatmap in alike)
+            caption = f"Mean over {len(alike)} seeds." if len(alike) > 1 else ""
+            drawn.append(dataclasses.replace(first, values=mean, high=high, caption=caption))
+    return drawn
+
+
+def _heatmap(title: str, grid: Mapping[str, Any]) -> HeatMap | None:
+    """A recorded `eval.probes.types.Grid`; None if its numbers are not as many as its names say."""
+    x, y = ([str(name) for name in grid.get(axis) or []] for axis in "xy")
+    values = [[number(v) for v in row] for row in grid.get("values") or []]
+    if not x or not y or [len(row) for row in values] != [len(x)] * len(y):
+        return None
+    low, high = (number(grid.get(end, default)) for end, default in (("low", 0.0), ("high", 1.0)))
+    labels = str(grid.get("xlabel", "x")), str(grid.get("ylabel", "y"))
+    return HeatMap(title, *labels, x, y, values, low, high)
 
 
 def _tables(groups: Sequence[Group], name: str) -> list[Table]:

@@ -243,6 +243,22 @@ def test_probes_appear_whatever_they_are(tmp_path):
     )
 
 
+def test_heat_maps_of_probes_are_drawn_each_architecture_on_its_own(tmp_path):
+    runs = [write_run(tmp_path / f"a{seed}", seed=seed) for seed in range(2)]
+    runs.append(write_run(tmp_path / "b", lr=0.01))
+    for i, run in enumerate(runs):
+        grid = {"x": ["256", "512"], "y": ["10 %", "90 %"], "values": [[i, 0.5], [0.25, 1.0]], "high": 2.0}
+        short = {**grid, "values": [[1.0, 2.0]]}  # a row too few
+        write_probe(run, "passkey", numbers={}, grids={"found": grid | {"ylabel": "depth"}, "short": short})
+    sections = {s.title: s for s in report.of_runs(runs).sections}
+    mean, alone = sections["Probe: passkey"].blocks
+    assert mean.values == [[0.5, 0.5], [0.25, 1.0]] and mean.caption == "Mean over 2 seeds."
+    assert mean.ylabel == "depth" and (mean.low, mean.high) == (0.0, 2.0)
+    assert alone.title == "small (b), found" and alone.values[0] == [2.0, 0.5]
+    write_probe(runs[2], "passkey", numbers={}, grids={"found": [1, 2]})
+    assert any("should be objects" in note for note in read_run(runs[2]).notes)
+
+
 def test_what_is_missing_is_said(tmp_path):
     run = write_run(tmp_path / "run", until=3)
     made = report.of_runs([run, tmp_path / "." / "run"])
