@@ -105,9 +105,19 @@ def test_what_sequence_parallel_layers_send_does_not_grow_unseen(step):
     assert all(state < math.prod(c["shapes"][0]) / (2 * 2) < 1.1 * state for c in carries)
 
 
+def test_an_accumulated_step_is_explained_too():
+    """Parts of the batch are taken, and gradients are summed behind the loop over them."""
+    config = hybrid(data=1, fsdp=4, sequence=2)
+    config.optim.accumulation, config.task.batch_size = 2, 16
+    (step,) = check(config, describe("v5e:2x4"), ["train"], lambda _: None)["programs"]
+    assert step["unexplained"] == []
+    assert found(step, "gradients of an accumulated batch")
+
+
 def test_generation_is_compiled_too(report):
     prefill, decode = report["programs"][1:]
     for program in (prefill, decode):
+        assert program["unexplained"] == []
         assert program["fits"] and "state" in program["memory"]["parts"]
     assert "ssd_forward" in prefill["kernels"]
     assert decode["memory"]["parts"]["parameters"] == report["programs"][0]["memory"]["parts"]["parameters"]

@@ -40,7 +40,7 @@ class Expected:
     anonymous: bool = False
 
 
-OPS = "pallas_kernels/"
+OPS, STEP = "pallas_kernels/", "runtime/step.py"
 EXPECTED = (
     Expected(
         "carry",
@@ -183,6 +183,24 @@ EXPECTED = (
         (SCALAR,),
         ("runtime/",),
         "norms of gradients, parameters and updates, and whether all is finite",
+    ),
+    Expected(
+        "ids of an accumulated batch",
+        "all",
+        TIME,
+        (GATHER,),
+        (ACTIVATION, PARAMETER),
+        (STEP,),
+        "of a part of the batch, gathered where it is taken",
+    ),
+    Expected(
+        "gradients of an accumulated batch",
+        "all",
+        (*ROWS, *TIME),
+        SUMS,
+        (PARAMETER, ACTIVATION),
+        (STEP,),
+        "the parts of the batch are added up on each device, and XLA sums over devices once, after the last",
     ),
     Expected(
         "loss and metrics",
