@@ -2,7 +2,8 @@
 
 Command: ``python train.py --config=configs/cca_stdlib.py:cca --workdir=runs/cca`` (or attention; with a
     length, ``cca,2048``, documents are seen in longer pieces and a batch keeps its number of tokens)
-Hardware: 2 CPU cores, about ten minutes each at 512 tokens. Metric: not yet recorded.
+Hardware: 2 CPU cores, about ten minutes each at 512 tokens. Metric: not measured
+    from scratch; continued from lm_stdlib:attention 1 to 3 % above full attention (RESULTS.md).
 
 The recipe of ``configs/lm_stdlib.py:attention``. A query sees the last 64 tokens and one core for each 16
 older ones: of 512 tokens at most 64 + 15 + 27 keys. Another compression is two settings away, in training

@@ -2,7 +2,8 @@
 
 Command: ``python train.py --config=configs/continue_long.py:runs/hybrid,4096 --workdir=runs/hybrid_4096``
     (RUN, RUN@STEP, RUN,LENGTH or RUN@STEP,LENGTH). Compare with the run as it is, at the same length.
-Hardware: that of the run; a batch keeps its number of tokens. Metric: not yet recorded.
+Hardware: that of the run; a batch keeps its number of tokens. Metric: validation bits per byte
+    1.532 in rows of 4096 (lm_stdlib:attention, seed 0, 4096; 2.834 without).
 
 Attention with RoPE to all of the past: YaRN (arXiv:2309.00071) stretches the rotations from the length they
 were trained at; ``--config.model.attention.rope.scaling=linear`` (or ntk) takes another (``model.cca`` has
