@@ -1,11 +1,12 @@
 """How much does a recurrent state hold? The protocol of Stuffed Mamba (arXiv:2410.07145), scaled down.
 
 Command: ``python -m tools.launch --sweep=configs/sweeps/state_capacity.py:cpu --workdir=studies/capacity``
-Presets: smoke (2 state sizes x 3 lengths, few steps, minutes), cpu (5 x 6, many hours on 2 cores), full (up
-    to 16K tokens, three seeds, a GPU).
+Presets: smoke (2 state sizes x 3 lengths, few steps, minutes), passkey (T_recall alone, 5 sizes x 2 seeds, an
+    hour on a core), cpu (5 x 6 and that, many hours on 2 cores), full (up to 16K tokens, three seeds, a GPU).
 T_forget: Mamba-2 of configs/lm_stdlib.py with another d_state, trained on rows of T tokens of a stream, each
     from an empty state (the paper carries states over 12 rows); then read at 64 T (state_collapse).
-T_recall: configs/passkey_stdlib.py with the same states; the longest context with keys found (passkey).
+T_recall: the small model of configs/passkey_stdlib.py with such states; in full the large one. The longest
+    context with keys found (passkey).
 Tokens a batch: the same at every length. Learning rates: a grid at the shortest length of each state size.
 """
 
@@ -20,19 +21,23 @@ def get_study(preset: str = "smoke") -> Study:
     if preset == "smoke":
         short = {"train.steps": 200, "train.eval_every": 0, "task.eval_batches": 8, "checkpoint.every": 0}
         arms = _forget((8, 32), (64, 128, 256), (1.0,), (0,), short, TOKENS, rows=2)
-        arms += _recall((8, 32), (512,), (1.0,), (0,), short | {"task.haystack.growth_steps": 100}, TOKENS)
-    elif preset == "cpu":
+        short |= {"task.haystack.growth_steps": 100}
+        arms += _recall("small", (8, 32), (512,), (1.0,), (0,), short, 2 * TOKENS)
+    elif preset in ("passkey", "cpu"):
         sizes: tuple[int, ...] = (4, 8, 16, 32, 64)
-        arms = _forget(sizes, (64, 128, 256, 512, 1024, 2048), (0.5, 1.0), (0,), {}, TOKENS, rows=8)
-        arms += _recall(sizes, (512, 1024), (0.5, 1.0), (0,), {}, TOKENS)
+        arms, lengths = [], (64, 128, 256, 512, 1024, 2048)
+        if preset == "cpu":
+            arms = _forget(sizes, lengths, (0.5, 1.0), (0,), {}, TOKENS, rows=8)
+        steps = {"train.steps": 2000, "task.haystack.growth_steps": 1000}
+        arms += _recall("small", sizes, (512,), (1.0,), (0, 1), steps, 2 * TOKENS)
     elif preset == "full":
         sizes, tokens, more = (4, 8, 16, 32, 64, 128), 32 * TOKENS, {"train.steps": 20_000}
         lengths = tuple(2**k for k in range(6, 15))
         arms = _forget(sizes, lengths, (0.3, 1.0, 3.0), (0, 1, 2), more, tokens, rows=32)
         more |= {"task.haystack.growth_steps": 10_000}
-        arms += _recall(sizes, lengths[3:], (0.3, 1.0, 3.0), (0, 1, 2), more, tokens)
+        arms += _recall("mamba2", sizes, lengths[3:], (0.3, 1.0, 3.0), (0, 1, 2), more, tokens)
     else:
-        raise ValueError(f"configs/sweeps/state_capacity.py:{preset}: use smoke, cpu or full")
+        raise ValueError(f"configs/sweeps/state_capacity.py:{preset}: use smoke, passkey, cpu or full")
     return Study(
         name=f"state_capacity:{preset}",
         question=(
@@ -65,7 +70,7 @@ def _forget(sizes, lengths, rates, seeds, overrides, tokens, rows) -> list[Arm]:
     ]
 
 
-def _recall(sizes, lengths, rates, seeds, overrides, tokens) -> list[Arm]:
+def _recall(variant, sizes, lengths, rates, seeds, overrides, tokens) -> list[Arm]:
     settings = (
         'passkey.styles=["stuffed_mamba"]',
         "passkey.factors=[0.5, 1.0, 2.0, 4.0, 8.0]",
@@ -75,8 +80,10 @@ def _recall(sizes, lengths, rates, seeds, overrides, tokens) -> list[Arm]:
     return [
         Arm(
             name=f"recall_N{d_state}_T{length}",
-            config=f"configs/passkey_stdlib.py:mamba2,{d_state}",
+            config=f"configs/passkey_stdlib.py:{variant},{d_state}",
             overrides={
+                "train.baselines": False,
+                "train.sample_length": 0,
                 "task.seq_len": length,
                 "task.batch_size": tokens // length,
                 "task.eval_seq_len": 4 * length,
