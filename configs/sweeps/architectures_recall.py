@@ -3,8 +3,8 @@
 Command:
     ``python -m tools.launch --sweep=configs/sweeps/architectures_recall.py:cpu --workdir=studies/recall``
 Presets: smoke (MQAR, four architectures and two more sizes of the state, minutes a run on 2 cores), mqar
-    (the same with three seeds and a grid of rates), cpu (every task and architecture on small
-    sizes, many hours), full (published sizes, a GPU).
+    (the same with three seeds and a grid of rates), copying (three seeds, about a minute a run), cpu (every
+    task and architecture on small sizes, many hours), full (published sizes, a GPU).
 Learning rates: a grid for each architecture and task with the first seed, chosen by validation accuracy; the
     other state sizes of Mamba-2 take the rate of the one that is compared.
 Parameters: equal within 5 % in a task; the width of the MLP evens them out.
@@ -31,6 +31,8 @@ def get_study(preset: str = "smoke") -> Study:
         arms = _task("mqar", "configs/mqar.py:smoke", 64, few, (1.0,), (0,), (16, 64), {})
     elif preset == "mqar":
         arms = _task("mqar", "configs/mqar.py:smoke", 64, few, (0.3, 1.0), (0, 1, 2), (16, 64), {})
+    elif preset == "copying":
+        arms = _task("copying", "configs/copying.py:smoke", 64, few, (1.0,), (0, 1, 2), (8, 16, 64), {})
     elif preset == "cpu":
         recipes = {task: f"configs/{task}.py:smoke" for task in ("mqar", "copying", "phonebook")}
         arms = [
@@ -50,7 +52,9 @@ def get_study(preset: str = "smoke") -> Study:
             for arm in _task(task, spec, 128, ARCHITECTURES, (0.3, 1.0, 3.0, 10.0), (0, 1, 2), STATES, {})
         ]
     else:
-        raise ValueError(f"configs/sweeps/architectures_recall.py:{preset}: use smoke, mqar, cpu or full")
+        raise ValueError(
+            f"configs/sweeps/architectures_recall.py:{preset}: use smoke, mqar, copying, cpu or full"
+        )
     return Study(
         name=f"architectures_recall:{preset}",
         question=(
