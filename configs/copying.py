@@ -3,9 +3,9 @@
 Command: ``python train.py --config=configs/copying.py:mamba,mamba --workdir=runs/selective``
 What: smoke, delay, mamba, mad, repeat, prefix, suffix, mad_recall, mad_noisy. Models as in configs/mqar.py.
 Hardware: 2 CPU cores for smoke (a minute); a GPU for the rest.
-Metric: validation/accuracy and validation/exact_match (of whole strings): smoke 0.68 (attention), 0.98 (hybrid),
-    0.83 (mamba2), 0.51 (s4d), seed 0. Published, selective copying of 16
-    tokens among 4096 (arXiv:2312.00752): S6 97.0 %, Mamba 99.8 %, S4 18.3 %.
+Metric: validation/accuracy and validation/exact_match (of whole strings): smoke 0.68 (attention), 0.98
+    (hybrid), 0.83 (mamba2), 0.51 (s4d), seed 0. Published, selective copying of 16 tokens among 4096
+    (arXiv:2312.00752): S6 97.0 %, Mamba 99.8 %, S4 18.3 %.
 """
 
 from configs.recall import RecallExperiment, experiment, parse, small_model
