@@ -95,13 +95,13 @@ class Decoder:
         # Copies: keys and values may start as the same zeros, and are donated each.
         self.carry = jnp.zeros(batch, jnp.int32), jax.tree.map(jnp.copy, self._after_context(empty))
         begin = time.perf_counter()
-        self._lm = taken_apart(self.model, self.params)
-        self._run = jax.jit(self._steps, donate_argnums=1).lower(self._lm, self.carry).compile()
+        self._ready = self.params, taken_apart(self.model, self.params)
+        self._run = jax.jit(self._steps, donate_argnums=1).lower(self._ready, self.carry).compile()
         self.compile_seconds = time.perf_counter() - begin
 
     def call(self) -> jax.Array:
         """Ids [B] after ``STEPS`` tokens; the cache goes on from where it was."""
-        self.carry = self._run(self._lm, self.carry)
+        self.carry = self._run(self._ready, self.carry)
         return self.carry[0]
 
     def bytes(self) -> int:
@@ -111,7 +111,10 @@ class Decoder:
             total += leaf.nbytes * (1 if _name(path) in ("k", "v") else 2)
         return total
 
-    def _steps(self, lm: Any, carry: Any) -> Any:
+    def _steps(self, ready: Any, carry: Any) -> Any:
+        lm = self.model.bind(ready[0])
+        lm.backbone.put_apart(ready[1])
+
         def step(carry: Any, _: None) -> tuple[Any, None]:
             token, state = carry
             hidden, state, _ = lm(token[:, None], state)

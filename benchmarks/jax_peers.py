@@ -112,11 +112,13 @@ class Longspan(JaxPeer):
 
     def _prepared(self) -> Any:
         """As ``eval.decode`` does."""
-        return taken_apart(self.model, self.params)
+        return self.params, taken_apart(self.model, self.params)
 
     def _step(self, prepared: Any, carry: Any) -> Any:
-        hidden, state, _ = prepared(carry[0][:, None], carry[1])
-        return jnp.argmax(prepared.logits(hidden[:, -1]), axis=-1).astype(jnp.int32), state
+        lm = self.model.bind(prepared[0])
+        lm.backbone.put_apart(prepared[1])
+        hidden, state, _ = lm(carry[0][:, None], carry[1])
+        return jnp.argmax(lm.logits(hidden[:, -1]), axis=-1).astype(jnp.int32), state
 
     def empty_state(self) -> Any:
         return self.model.bind(self.params).init_state(self.shape.batch, 1)

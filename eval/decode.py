@@ -64,7 +64,7 @@ def decode(
     left = new_tokens - 1
     apart = taken_apart(model, params) if left else None
     while left > 0:
-        carry, tokens = programs.go_on(apart, keys, carry)
+        carry, tokens = programs.go_on(params, apart, keys, carry)
         yield np.asarray(tokens).T[:, :left]
         left -= tokens.shape[0]
 
@@ -115,16 +115,14 @@ def _seen(prompts: Sequence[np.ndarray], model: Functional) -> Array:
 
 @functools.partial(jax.jit, static_argnums=0)
 def taken_apart(model: Functional, params: Params) -> Any:
-    """The model, ready for many steps: weights that lie stacked are copied once, and not by each call."""
-    lm = model.bind(params)
-    lm.backbone.take_apart()
-    return lm
+    """Layers for many steps (`Backbone.put_apart`): what is stacked is copied once, and not by each call."""
+    return model.bind(params).backbone.take_apart()
 
 
 @dataclasses.dataclass(frozen=True)
 class Programs:
-    """Compiled functions: the empty state, reading a piece of the prompts, the first ids; of a model that was
-    :func:`taken_apart`, some steps more."""
+    """Compiled functions: the empty state, reading a piece of the prompts, the first ids; and, with layers
+    that were :func:`taken_apart`, some steps more."""
 
     empty: Any
     read: Any
@@ -160,8 +158,11 @@ def programs_of(model: Functional, sampling: Sampling, steps: int) -> Programs:
         token, seen = draw(model.bind(params), keys, hidden, seen, step)
         return token, state, seen, step + 1
 
-    @functools.partial(jax.jit, donate_argnums=2)
-    def go_on(lm: Any, keys: Array, carry: Carry) -> tuple[Carry, Array]:
+    @functools.partial(jax.jit, donate_argnums=3)
+    def go_on(params: Params, apart: Any, keys: Array, carry: Carry) -> tuple[Carry, Array]:
+        lm = model.bind(params)
+        lm.backbone.put_apart(apart)
+
         def one(carry: Carry, _: None) -> tuple[Carry, Array]:
             token, state, seen, step = carry
             hidden, state, _ = lm(token[:, None], state)

@@ -162,10 +162,19 @@ class Backbone(nnx.Module):
                 after.append(run_state)
         return x, None if state is None else after
 
-    def take_apart(self) -> None:
-        """For a loop over tokens, before it (`Run.take_apart`); of a model that is bound to parameters."""
+    def take_apart(self) -> list[nnx.List]:
+        """For a loop over tokens, before it (`Run.take_apart`); of a model that is bound to parameters.
+
+        What it returns, :meth:`put_apart` gives to a model that is bound to them anew.
+        """
         for run in self.runs:
             run.take_apart()
+        return [run.apart for run in self.runs]
+
+    def put_apart(self, apart: Sequence[nnx.List]) -> None:
+        """As if taken apart here."""
+        for run, layers in zip(self.runs, apart, strict=True):
+            run.apart = layers
 
     def flops_per_token(self, length: int) -> float:
         """Forward operations per token of all mixers and MLPs at context ``length``."""

@@ -173,7 +173,7 @@ def _generation(setup: train.Setup, name: str, rows: int | None, context: int | 
         return Described(name, functions.read, (params, ids, ids, state, None), parts)
 
     def one_more(params: Any, keys: Any, carry: Any) -> Any:
-        return functions.go_on(taken_apart(model, params), keys, carry)
+        return functions.go_on(params, taken_apart(model, params), keys, carry)
 
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), rows))
     keys = jax.ShapeDtypeStruct(keys.shape, keys.dtype, sharding=by_row)
