@@ -217,7 +217,7 @@ def test_every_study_has_its_presets_and_reports_an_empty_directory(name, tmp_pa
     page = report_of(study, [])
     assert "0 of" in page.notes[0]
     save(page, tmp_path / "study.html")
-    some = "smoke, (mqar, copying, |passkey, )?cpu or full"
+    some = "smoke, (mqar, copying, |passkey, |mamba2, )?cpu or full"
     with pytest.raises(ValueError, match=f"{name}.py:tiny: use {some}"):
         trials.load(f"configs/sweeps/{name}.py:tiny")
 
