@@ -1,9 +1,9 @@
 """Polarised channels of Mamba: does one that never forgets, or one that forgets at once, help recall?
 
 Command: ``python -m tools.launch --sweep=configs/sweeps/polarisation.py:cpu --workdir=studies/polarisation``
-Presets: smoke (two layers, default and both, minutes), mamba2 (those in Mamba-2 of 16 dimensions, which trains
-    faster; 2 and 4 layers, two seeds, hours on a core), cpu (short rows, 2 and 4 layers, hours on 2 cores),
-    full (the set, sizes and rate of arXiv:2501.00658, a GPU).
+Presets: smoke (two layers, default and both, minutes), mamba2 (those in Mamba-2 of 16 dimensions: faster; 2
+    and 4 layers, two seeds, hours on a core), cpu (short rows, 2 and 4 layers, hours on 2 cores), full (the
+    set, sizes and rate of arXiv:2501.00658, a GPU).
 Learning rates: the paper's in full; else a grid of the default, of each depth, which the others take.
 Parameters: a channel is 1 of 16 dimensions of the state; all arms of a depth are equal within 5 %.
 """
