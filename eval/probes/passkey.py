@@ -101,7 +101,7 @@ class Passkey:
             "prompts": len(samples),
             **self._numbers(cells, distance, lengths, opened.config.task.seq_len),
         }
-        return ProbeResult(numbers, self._curves(numbers), _grids(numbers))
+        return ProbeResult(numbers, self._curves(numbers), grids=_grids(numbers))
 
     def plot(self, result: ProbeResult) -> Figure:
         """Heat maps: a row for each style."""

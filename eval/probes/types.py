@@ -57,14 +57,14 @@ class ProbeResult:
         numbers: all of it, as what JSON can hold (numpy arrays and scalars too). Scalars, and flat dicts of
             scalars such as ``{"1x": 2.3, "2x": 2.2}``, are shown in the summary table.
         curves: by the name in the legend.
-        grids: by title.
         arrays: what is too long for JSON, kept as NAME.npz beside it.
+        grids: by title.
     """
 
     numbers: dict[str, Any]
     curves: dict[str, Curve] = dataclasses.field(default_factory=dict)
-    grids: dict[str, Grid] = dataclasses.field(default_factory=dict)
     arrays: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    grids: dict[str, Grid] = dataclasses.field(default_factory=dict)
 
 
 @runtime_checkable
